@@ -1,0 +1,246 @@
+r"""The CAM family: attention maps from an activation and a gradient.
+
+Symbols: :math:`A^k_{ij}` is channel :math:`k` of a stage's activation at row :math:`i`, column
+:math:`j`; :math:`g^k_{ij} = \partial y^c / \partial A^k_{ij}` the gradient of one class score,
+:math:`M` the attention map. Every method maps ``(b, c, h, w)`` to ``(b, h, w)`` and returns the
+raw map at the stage's resolution; :func:`normalize` and :func:`scale` change its unit and
+:func:`fuse` joins the stages. Nothing here runs a network: see :mod:`attnviz.explain`.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+__all__ = [
+    "METHODS",
+    "cam",
+    "fuse",
+    "gradcam",
+    "gradcam_pp",
+    "layercam",
+    "layercam_normal",
+    "normalize",
+    "normgrad",
+    "scale",
+]
+
+Scaling = Literal["none", "tanh", "sqrt", "tan"]
+
+
+def cam(
+    activation: Float[Tensor, "b c h w"], gradient: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    r"""Weighs each channel by its weight in the class score of a pooled network, with sign.
+
+    .. math:: M_{ij} = \sum_k w_k A^k_{ij}, \qquad w_k = \sum_{ij} g^k_{ij}
+
+    With global average pooling and one linear layer, :math:`w_k` is the weight of that layer
+    exactly. On other heads, and in other stages than the deepest, it is an extension without
+    that meaning. The map is signed.
+
+    References:
+        Learning Deep Features for Discriminative Localization (Zhou et al., 2016),
+        https://arxiv.org/abs/1512.04150; thesis Eqs. 5.6, 5.7.
+    """
+    return (gradient.sum(dim=(2, 3), keepdim=True) * activation).sum(dim=1)
+
+
+def gradcam(
+    activation: Float[Tensor, "b c h w"], gradient: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    r"""Weighs each channel by its mean gradient.
+
+    .. math:: M = \mathrm{ReLU} \Big( \sum_k w_k A^k \Big),
+        \qquad w_k = \frac{1}{hw} \sum_{ij} g^k_{ij}
+
+    References:
+        Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization
+        (Selvaraju et al., 2017), https://arxiv.org/abs/1610.02391; thesis Eqs. 3.2, 3.3.
+    """
+    return (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1).relu()
+
+
+def gradcam_pp(
+    activation: Float[Tensor, "b c h w"], gradient: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    r"""Weighs each channel by a weighted sum of its positive gradients.
+
+    .. math:: M = \mathrm{ReLU} \Big( \sum_k w_k A^k \Big), \qquad
+        w_k = \sum_{ij} \alpha^k_{ij} \, \mathrm{ReLU}(g^k_{ij}), \qquad
+        \alpha^k_{ij} = \frac{(g^k_{ij})^2}{2 (g^k_{ij})^2 + (\sum_{ab} A^k_{ab}) (g^k_{ij})^3}
+
+    Only :math:`\alpha` at :math:`g > 0` matters, where it is
+    :math:`1 / (2 + g^k_{ij} \sum_{ab} A^k_{ab})`: no small constant is needed, and activations
+    that are not negative keep the denominator at 2 or above.
+
+    References:
+        Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks
+        (Chattopadhay et al., 2018), https://arxiv.org/abs/1710.11063; thesis Eqs. 3.4, 3.5.
+    """
+    positive = gradient.relu()
+    total = activation.sum(dim=(2, 3), keepdim=True)
+    weight = (positive / (2 + positive * total)).sum(dim=(2, 3), keepdim=True)  # (3.4), (3.5)
+    return (weight * activation).sum(dim=1).relu()
+
+
+def layercam(
+    activation: Float[Tensor, "b c h w"], gradient: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    r"""Weighs each location of each channel by its positive gradient.
+
+    .. math:: M_{ij} = \mathrm{ReLU} \Big( \sum_k \mathrm{ReLU}(g^k_{ij}) \, A^k_{ij} \Big)
+
+    Unlike :func:`gradcam`, the map stays reliable in shallow stages, where the gradient varies
+    within a channel.
+
+    References:
+        LayerCAM: Exploring Hierarchical Class Activation Maps for Localization
+        (Jiang et al., 2021), https://ieeexplore.ieee.org/document/9462463;
+        thesis Eqs. 3.6-3.8.
+    """
+    return (gradient.relu() * activation).sum(dim=1).relu()
+
+
+def layercam_normal(
+    activation: Float[Tensor, "b c h w"], gradient: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    r"""Weighs each location of each channel by its gradient, negative ones included.
+
+    .. math:: M_{ij} = \mathrm{ReLU} \Big( \sum_k g^k_{ij} A^k_{ij} \Big)
+
+    The ablation of :func:`layercam` in thesis table 3.7 (elsewhere called HiResCAM).
+    """
+    return (gradient * activation).sum(dim=1).relu()
+
+
+def normgrad(
+    activation: Float[Tensor, "b c h w"], gradient: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    r"""Multiplies the norms of activation and gradient over the channels.
+
+    .. math:: M_{ij} = \lVert A_{ij} \rVert_2 \, \lVert g_{ij} \rVert_2
+
+    The norm of the weight gradient of a virtual 1x1 convolution at each location. It does not
+    depend on the sign of the gradient: what speaks against the class lights up as well.
+
+    References:
+        There and Back Again: Revisiting Backpropagation Saliency Methods (Rebuffi et al., 2020),
+        https://arxiv.org/abs/2004.02866.
+    """
+    return activation.norm(dim=1) * gradient.norm(dim=1)
+
+
+METHODS = {
+    "layercam": layercam,
+    "gradcam": gradcam,
+    "gradcam_pp": gradcam_pp,
+    "layercam_normal": layercam_normal,
+    "normgrad": normgrad,
+    "cam": cam,
+}
+"""The methods that need only an activation and a gradient, by name."""
+
+
+def normalize(maps: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
+    r"""Divides each map by its maximum: :math:`\mathrm{ReLU}(M) / \max M`, in [0, 1].
+
+    The result does not depend on the unit of the map, however small. A map without a positive
+    value becomes zero.
+    """
+    positive = maps.relu()
+    peak = positive.amax(dim=(-2, -1), keepdim=True)
+    return positive / peak.clamp_min(torch.finfo(maps.dtype).tiny)
+
+
+def scale(
+    maps: Float[Tensor, "*b h w"], scaling: Scaling = "tanh", gamma: float = 2.0
+) -> Float[Tensor, "*b h w"]:
+    r"""Applies the scaling function of Eq. 3.9 to each normalized map.
+
+    .. math:: \hat M = \phi(M / \max M), \qquad
+        \phi(x) = x, \; \tanh(\gamma x), \; \sqrt{x}, \; \tan x
+
+    Args:
+        maps: Raw maps.
+        scaling: The function: ``none``, ``tanh``, ``sqrt`` or ``tan``.
+        gamma: The factor inside ``tanh``; the other functions ignore it.
+
+    Returns:
+        Maps from 0 to 1, or to :math:`\tanh \gamma` or :math:`\tan 1`.
+
+    References:
+        Thesis Eq. 3.9 and table 3.3.
+    """
+    normalized = normalize(maps)
+    match scaling:
+        case "none":
+            return normalized
+        case "tanh":
+            return (gamma * normalized).tanh()
+        case "sqrt":
+            return normalized.sqrt()
+        case "tan":
+            return normalized.tan()
+    raise ValueError(f"expected `scaling` in {get_args(Scaling)}, got {scaling!r}")
+
+
+def fuse(
+    maps: Sequence[Float[Tensor, "*b _ _"]],
+    gamma: float = 2.0,
+    size: tuple[int, int] | None = None,
+    *,
+    scaling: Scaling = "tanh",
+    scaled: Literal["shallow", "all", "none"] | Collection[int] = "shallow",
+) -> Float[Tensor, "*b h w"]:
+    r"""Fuses the maps of several stages: scaled, resized, joined by the largest value.
+
+    .. math:: M_{ij} = \max_k \hat M^{(k)}_{ij}, \qquad \hat M^{(k)} = \phi(M^{(k)} / \max M^{(k)})
+
+    A map that is not scaled is still divided by its maximum, so every stage has a say.
+
+    Args:
+        maps: Raw maps, shallow stage first; sizes may differ, leading dimensions may not.
+        gamma: The factor inside ``tanh``. The thesis found 2 best.
+        size: Height and width of the result; the largest map's if None. Maps are resized
+            bilinearly, pixel centers aligned.
+        scaling: See :func:`scale`.
+        scaled: Which maps are scaled: all but the last one given (``shallow``, what the thesis
+            describes), ``all``, ``none``, or their positions in `maps`.
+
+    Returns:
+        The fused map, at least 0.
+
+    Example:
+        >>> shallow, deep = torch.rand(1, 8, 8), torch.rand(1, 4, 4)
+        >>> fuse([shallow, deep], size=(16, 16)).shape
+        torch.Size([1, 16, 16])
+
+    References:
+        Thesis Eq. 3.9 and section 3.4.1.2.
+    """
+    if not maps:
+        raise ValueError("expected at least one map in `maps`, got none; select a stage")
+    if size is None:
+        size = max((tuple(stage.shape[-2:]) for stage in maps), key=lambda hw: hw[0] * hw[1])
+    presets = {"shallow": range(len(maps) - 1), "all": range(len(maps)), "none": ()}
+    if isinstance(scaled, str) and scaled not in presets:
+        raise ValueError(f"expected `scaled` in {tuple(presets)} or positions, got {scaled!r}")
+    chosen = presets[scaled] if isinstance(scaled, str) else scaled
+    fused = None
+    for position, stage in enumerate(maps):
+        value = scale(stage, scaling if position in chosen else "none", gamma)
+        value = resize(value, size)
+        fused = value if fused is None else torch.maximum(fused, value)
+    return fused
+
+
+def resize(maps: Float[Tensor, "*b h w"], size: tuple[int, int]) -> Float[Tensor, "*b H W"]:
+    """Resizes maps bilinearly, pixel centers aligned."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    flat = maps.reshape(1, -1, *maps.shape[-2:])
+    return interpolate(flat, size=size, mode="bilinear").reshape(*maps.shape[:-2], *size)

@@ -1,0 +1,361 @@
+"""The ``attnviz`` command. Each subcommand parses, calls the package and says what it wrote."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from . import __version__
+from .cam import METHODS, Scaling, fuse, normalize, resize
+from .colors import overlay
+from .explain import GradientAt, StageMaps, stage_maps
+from .images import read_image
+from .localize import map_to_box
+from .networks import load_network
+from .stages import Staged
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, or 2 with one line on bad input."""
+    parser = _command_line()
+    options = parser.parse_args(arguments)
+    try:
+        if options.run is not _lab:
+            _prepare(options)
+        result = options.run(options)
+        if options.json is not None:
+            write_whole(options.json, lambda path: path.write_text(json.dumps(result, indent=1)))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        print(f"attnviz: {_one_line(error)}", file=sys.stderr)  # noqa: T201 (the command's voice)
+        return 2
+    except KeyboardInterrupt:
+        print("attnviz: stopped", file=sys.stderr)  # noqa: T201 (the command's voice)
+        return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename!r}"
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split())
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201 (the command's voice)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("expected a CUDA device for --device cuda, got none; use --device cpu")
+    if options.json is not None:
+        check_writable(options.json.parent)
+    torch.manual_seed(options.seed)
+
+
+def _command_line() -> argparse.ArgumentParser:
+    parser = _Parser(prog="attnviz", description=sys.modules["attnviz"].__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"attnviz {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_lab(commands)
+    _add_map(commands)
+    _add_train(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction, name: str, run: Callable, about: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
+    )
+    return parser
+
+
+# -------------------------------------------------------------------------------------- files
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder; raises OSError with a remedy where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".attnviz-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"expected a folder that can be written to, got {str(folder)!r} "
+            f"({error.strerror}); choose another one"
+        ) from error
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file under another name first, so that `path` is never half written."""
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------- lab
+
+
+def _add_lab(commands: argparse._SubParsersAction) -> None:
+    about = "open JupyterLab on the chapters; what follows -- goes to jupyter lab"
+    parser = commands.add_parser("lab", help=about, description=about)
+    parser.add_argument("jupyter", nargs="*", metavar="-- OPTION", help="options of jupyter lab")
+    parser.set_defaults(run=_lab, json=None)
+
+
+def _lab(options: argparse.Namespace) -> None:
+    package = Path(__file__).parent
+    folder = package.parent / "notebooks"
+    if not folder.is_dir():
+        folder = _copy_chapters(package / "notebooks")
+    # no "Jupyter news?" over the first picture, and nothing of the user's settings changed
+    paths = [str(package / "lab"), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(path for path in paths if path)
+    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={folder}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    if not any("default_url" in option or option.endswith(".ipynb") for option in options.jupyter):
+        command.append("--LabApp.default_url=/lab/tree/ch0_start.ipynb")
+    os.execv(sys.executable, [*command, *options.jupyter])
+
+
+def _copy_chapters(source: Path) -> Path:
+    folder = Path("attnviz-notebooks")
+    check_writable(folder)
+    for chapter in source.glob("*.ipynb"):
+        if not (folder / chapter.name).exists():
+            (folder / chapter.name).write_bytes(chapter.read_bytes())
+    return folder
+
+
+# ---------------------------------------------------------------------------------------- map
+
+
+def _add_map(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "map", _map, "what each stage of a network attends to in pictures")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--network", required=True, help="a name, e.g. squeezenet1_1 or resnet50")
+    parser.add_argument("--weights", default="auto", help="auto, random or a file")
+    parser.add_argument("--data-root", type=Path, help="folder that holds weights/")
+    parser.add_argument(
+        "--class", dest="class_id", default="auto", help="name or number; auto: the highest score"
+    )
+    parser.add_argument("--method", choices=tuple(METHODS), default="layercam")
+    parser.add_argument("--stages", default="all", help="e.g. 1-5 or 3,4,5; 1 is the shallowest")
+    parser.add_argument("--gamma", type=float, default=2.0, help="factor inside tanh")
+    parser.add_argument("--scaling", choices=get_args(Scaling), default="tanh")
+    parser.add_argument("--gradient-at", choices=get_args(GradientAt), default="native")
+    parser.add_argument("--threshold", type=float, default=0.15, help="of the box, share of max")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+
+def _map(options: argparse.Namespace) -> dict[str, object]:
+    if not options.gamma > 0:
+        raise ValueError(f"expected --gamma above 0, got {options.gamma}")
+    if not 0 <= options.threshold < 1:
+        raise ValueError(f"expected --threshold in [0, 1), got {options.threshold}")
+    pictures = [read_image(path) for path in options.images]
+    check_writable(options.out)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = load_network(options.network, options.weights, data=options.data_root, device=device)
+    stages = net.check_stages(_stage_numbers(options.stages))
+    class_id = None if options.class_id == "auto" else net.class_id(options.class_id)
+    results = []
+    folders = _folders(options.out, options.images)
+    jobs = list(zip(options.images, pictures, folders, strict=True))
+    for path, picture, folder in tqdm(jobs, desc="maps", unit="image", disable=len(jobs) < 2):
+        maps = stage_maps(
+            net, net.preprocess(picture), class_id, (options.method,),
+            stages=stages, gradient_at=options.gradient_at,
+        )  # fmt: skip
+        results.append(_write_maps(folder, path, picture, net, maps, options))
+    return {"results": results}
+
+
+def _stage_numbers(text: str) -> list[int] | None:
+    if text == "all":
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"expected --stages like 1-5, 3,4,5 or all, got {text!r}")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return numbers
+
+
+def _folders(out: Path, images: Sequence[Path]) -> list[Path]:
+    # One folder a picture, named after it; numbered where two have the same name.
+    folders: list[Path] = []
+    for path in images:
+        folder, number = out / path.stem, 2
+        while folder in folders:
+            folder, number = out / f"{path.stem}-{number}", number + 1
+        folders.append(folder)
+    return folders
+
+
+def _write_maps(
+    folder: Path,
+    path: Path,
+    picture: Image.Image,
+    net: Staged,
+    maps: StageMaps,
+    options: argparse.Namespace,
+) -> dict[str, object]:
+    size = (picture.height, picture.width)
+    raw = [stage[0].cpu() for stage in maps[options.method]]
+    fused = fuse(raw, options.gamma, size, scaling=options.scaling)
+    box = map_to_box(fused, options.threshold)
+    shown = {
+        f"stage{n}": resize(normalize(m), size) for n, m in zip(maps.stages, raw, strict=True)
+    }
+    shown["fused"] = fused
+    check_writable(folder)
+    pixels = np.asarray(picture)
+    pictures = {name: overlay(pixels, map.numpy()) for name, map in shown.items()}
+    for name, laid in pictures.items():
+        _save_png(folder / f"{name}.png", laid)
+    _save_png(folder / "stages.png", _strip([pixels, *pictures.values()]))
+    arrays = {f"stage{n}": m.numpy() for n, m in zip(maps.stages, raw, strict=True)}
+    write_whole(
+        folder / "maps.npz",
+        lambda target: _save_npz(target, arrays | {"fused": fused.numpy()}),
+    )
+    chosen = int(maps.class_ids[0])
+    probability = maps.scores[0].float().softmax(0)
+    top = [chosen, *(i for i in maps.scores[0].topk(min(5, len(probability))).indices.tolist())]
+    result = {
+        "image": path.name,
+        "size": size,
+        "class": _class_row(net, chosen, maps),
+        "top": [_class_row(net, i, maps) for i in dict.fromkeys(top[1:])],
+        "box": box,
+        "threshold": options.threshold,
+        "method": options.method,
+        "stages": dict(zip(maps.stages, maps.stage_names, strict=True)),
+        "gamma": options.gamma,
+        "scaling": options.scaling,
+        "seed": options.seed,
+        **maps.provenance,
+    }
+    write_whole(
+        folder / "result.json", lambda target: target.write_text(json.dumps(result, indent=1))
+    )
+    label = result["class"]
+    _say(f"{folder}: {label['name'] or label['id']} ({label['probability']:.3f}), box {box}")
+    return result
+
+
+def _class_row(net: Staged, class_id: int, maps: StageMaps) -> dict[str, object]:
+    name = net.class_names[class_id] if net.class_names else None
+    scores = maps.scores[0].float()
+    return {
+        "id": class_id,
+        "name": name,
+        "score": float(scores[class_id]),
+        "probability": float(scores.softmax(0)[class_id]),
+    }
+
+
+def _save_png(path: Path, pixels: np.ndarray) -> None:
+    write_whole(path, lambda target: Image.fromarray(pixels).save(target, "png"))
+
+
+def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _strip(pictures: Sequence[np.ndarray], height: int = 240, gap: int = 6) -> np.ndarray:
+    # The pictures side by side on white, at one height.
+    width = round(pictures[0].shape[1] * height / pictures[0].shape[0])
+    strip = np.full((height, len(pictures) * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for index, picture in enumerate(pictures):
+        small = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+        left = index * (width + gap)
+        strip[:, left : left + width] = np.asarray(small)
+    return strip
+
+
+# -------------------------------------------------------------------------------- train, bench
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    about = "train a network; a killed run goes on with --resume"
+    kinds = commands.add_parser("train", help=about, description=about).add_subparsers(
+        required=True, metavar="KIND", parser_class=_Parser
+    )
+    about = "a classifier of the generated scenes, as the bundled networks were trained"
+    parser = _add(kinds, "classifier", _train_classifier, about)
+    parser.add_argument("--data", choices=("scenes",), default="scenes")
+    parser.add_argument("--network", choices=("scenes_fc", "scenes_conv"), default="scenes_fc")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--limit", type=int, help="at most so many images, for a quick look")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in RUN")
+
+
+def _train_classifier(options: argparse.Namespace) -> dict[str, object]:
+    from .training import TrainConfig, train_classifier
+
+    config = TrainConfig(
+        network=options.network, data=options.data, limit=options.limit, epochs=options.epochs,
+        seed=options.seed, device=options.device,
+    )  # fmt: skip
+    check_writable(options.out.parent)
+    run = train_classifier(config, options.out, options.resume)
+    metrics = json.loads((run / "metrics.json").read_text())
+    score = metrics["mean_average_precision"]
+    _say(f"{run}: mean average precision {score:.3f} on {metrics['images']} generated scenes")
+    return {"run": str(run), **metrics}
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    about = "speed against the floor and, where installed, against other packages"
+    kinds = commands.add_parser("bench", help=about, description=about).add_subparsers(
+        required=True, metavar="KIND", parser_class=_Parser
+    )
+    about = "maps of all stages against one forward and one backward pass"
+    parser = _add(kinds, "cam", _bench_cam, about)
+    parser.add_argument("--network", nargs="+", default=["vgg16", "resnet50"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=7, help="how often each case runs")
+
+
+def _bench_cam(options: argparse.Namespace) -> dict[str, object]:
+    from .bench import bench_cam
+
+    result = bench_cam(
+        options.network, options.batch, options.rounds, options.device, options.seed
+    )
+    _say(str(result))
+    return result.to_json()

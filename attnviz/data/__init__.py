@@ -1,0 +1,1 @@
+"""Data sets: generated ones, and readers for real ones."""

@@ -1,0 +1,121 @@
+"""Picture files in, pixels out: one reader for every mode a camera or an editor writes."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["network_size", "read_image", "to_pixels"]
+
+MIN_SIDE = 16
+MAX_PIXELS = 100_000_000
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Reads a picture as 8-bit RGB, upright.
+
+    Grey, palette, CMYK, 16-bit and float pictures are converted; transparent ones are laid on
+    white; the EXIF orientation is applied.
+
+    Args:
+        path: A file in any format Pillow reads.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a whole picture between 16 x 16 and 100 million pixels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a picture file, got {str(path)!r}, which is not there")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own check says more
+    try:
+        with Image.open(path) as image:
+            _check_size(image.size, str(path))
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"expected a picture, got {str(path)!r}, which no picture format matches; "
+            "is it damaged or named wrongly?"
+        ) from error
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow's words for damaged data
+        raise ValueError(
+            f"expected a whole picture, got {str(path)!r}, which is damaged ({error}); "
+            "copy or save it again"
+        ) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def to_pixels(image: Image.Image | np.ndarray | str | Path) -> np.ndarray:
+    """Returns a picture as uint8 pixels ``(h, w, 3)``.
+
+    Args:
+        image: A Pillow image, a file's path, or an array ``(h, w)``, ``(h, w, 3)`` or
+            ``(h, w, 4)`` of uint8 (0 to 255) or float (0 to 1).
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: Wrong shape or size, or float values outside [0, 1].
+    """
+    if isinstance(image, str | Path):
+        return np.asarray(read_image(image))
+    if isinstance(image, Image.Image):
+        _check_size(image.size, "a Pillow image")
+        return np.asarray(_to_rgb(image))
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            f"expected a picture (Pillow image, uint8 array or path), got {type(image).__name__}"
+        )
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"expected a picture (h, w, 3), got an array {image.shape}")
+    _check_size((image.shape[1], image.shape[0]), "an array")
+    if np.issubdtype(image.dtype, np.floating):
+        if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
+            raise ValueError("expected float pixels in [0, 1], got values outside; divide by 255?")
+        image = np.round(image * 255).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"expected pixels of uint8 or float, got {image.dtype}")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    return np.asarray(_to_rgb(Image.fromarray(image)))
+
+
+def network_size(size: tuple[int, int], target: int | tuple[int, int]) -> tuple[int, int]:
+    """Returns the (height, width) at which a network sees a picture of `size`, uncropped.
+
+    Args:
+        size: Height and width of the picture.
+        target: Length of the short side, the ratio kept (a side longer than four times the
+            other is squeezed), or the exact height and width.
+    """
+    if isinstance(target, tuple):
+        return target
+    height, width = size
+    factor = target / min(height, width)
+    return tuple(min(max(target, round(side * factor)), 4 * target) for side in (height, width))
+
+
+def _check_size(size: tuple[int, int], what: str) -> None:
+    width, height = size
+    if min(size) < MIN_SIDE:
+        raise ValueError(
+            f"expected a picture of at least {MIN_SIDE} x {MIN_SIDE} pixels, "
+            f"got {width} x {height} ({what})"
+        )
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"expected a picture of at most {MAX_PIXELS / 1e6:.0f} million pixels, "
+            f"got {width} x {height} ({what}); make it smaller"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float grey
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if image.mode != "F" else max(1.0, float(np.nanmax(values)))
+        return Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,630 @@
+"""Training loops, short enough to read from top to bottom.
+
+:func:`train_classifier` trains a small five-stage network to name what a picture shows. It needs
+no file: the pictures are drawn, kept as bytes in memory, and every random choice follows from
+``(seed, epoch)``. So a run that was killed, at any moment, continues to the very weights that it
+would have reached undisturbed.
+
+A run is a folder: ``config.json``, ``checkpoint.pt`` (after every epoch), ``history.csv`` and, at
+the end, ``network.safetensors`` with its card ``network.md`` and ``metrics.json``.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from time import perf_counter
+from typing import Literal, get_args
+
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int, UInt8
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from tqdm import tqdm
+
+from . import __version__
+from .data.scenes import Scenes
+from .metrics import average_precision
+from .networks import FiveStage
+
+__all__ = ["TrainConfig", "one_cycle", "train_classifier"]
+
+Network = Literal["scenes_fc", "scenes_conv"]
+Data = Literal["scenes"]
+Objects = Literal["few", "several", "both"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "32", "bf16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training depends on."""
+
+    network: Network = "scenes_fc"
+    """``scenes_fc`` or ``scenes_conv``: :class:`FiveStage` with that head."""
+    data: Data = "scenes"
+    """The data set; *scenes* is generated."""
+    objects: Objects = "both"
+    """Scenes with ``few`` large objects, ``several`` small ones, or half of ``both``."""
+    images: int = 4000
+    """Number of training images."""
+    validation_images: int = 800
+    """Number of images that the network never sees and is measured on."""
+    limit: int | None = None
+    """At most so many images of either kind; for a quick look."""
+    size: int = 112
+    """Height and width of the images, in pixels, a multiple of 16."""
+    epochs: int = 12
+    """How often every training image is seen."""
+    batch_size: int = 8
+    """Images per step, over all processes."""
+    learning_rate: float = 3e-3
+    """The largest learning rate, reached after 15 % of the steps; see :func:`one_cycle`."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    seed: int = 0
+    """Number behind everything random: data set, first weights, order, flips and dropout."""
+    device: Device = "auto"
+    """``auto`` takes a GPU where there is one."""
+    precision: Precision = "auto"
+    """``auto`` takes bfloat16 where the processor computes with it, else ``32`` bits."""
+    threads: int = 1
+    """Processor threads. A larger number is faster on an idle machine and rounds differently."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("network", Network), ("data", Data), ("objects", Objects), ("device", Device),
+            ("precision", Precision),
+        ):  # fmt: skip
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"expected `{name}` in {get_args(kind)}, got {getattr(self, name)!r}; "
+                    "choose one of these"
+                )
+        for name, low in (
+            ("images", 2), ("validation_images", 1), ("limit", 2), ("size", 32), ("epochs", 1),
+            ("batch_size", 2), ("seed", 0), ("threads", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name == "limit":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(
+                    f"expected `{name}` as an integer, got {value!r}; give a whole number"
+                )
+            if value < low:
+                raise ValueError(
+                    f"expected `{name}` of at least {low}, got {value}; give a larger number"
+                )
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"expected `{name}` as a number of at least 0, got {value}; try "
+                    f"{TrainConfig.__dataclass_fields__[name].default}"
+                )
+        if self.size % 16:
+            raise ValueError(
+                f"expected `size` as a multiple of 16, got {self.size}; "
+                f"take {self.size // 16 * 16 or 32}"
+            )
+
+    @property
+    def head(self) -> Literal["fc", "conv"]:
+        """The head of the network."""
+        return "fc" if self.network == "scenes_fc" else "conv"
+
+    @property
+    def command(self) -> str:
+        """The command, or where the command line has no such option the call, for this run."""
+        options = ("network", "data", "limit", "epochs", "seed", "device")
+        changed = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name: changed[f.name] for f in fields(self) if changed[f.name] != f.default}
+        if changed.keys() - set(options):
+            given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+            return f'train_classifier(TrainConfig({given}), "RUN")'
+        always = {name: getattr(self, name) for name in ("data", "network", "epochs", "seed")}
+        given = " ".join(f"--{name} {value}" for name, value in {**always, **changed}.items())
+        return f"attnviz train classifier {given} --out RUN"
+
+
+def train_classifier(
+    config: TrainConfig, out: str | Path, resume: bool = False, *, progress: bool = True
+) -> Path:
+    """Trains a network to say which classes a picture shows; several may be right.
+
+    Binary cross-entropy, AdamW, one-cycle learning rate, horizontal flips. On one process of the
+    same machine and thread number, equal configs give equal bits, interrupted or not. The random
+    state of the caller is left alone. Under torchrun each process takes its share of every batch.
+
+    Args:
+        config: What to train, on what, how.
+        out: The folder of the run; made if it is missing.
+        resume: Whether to continue the run in `out` after its last whole epoch. A finished run
+            is left as it is.
+        progress: Whether to show bars on stderr.
+
+    Returns:
+        The folder of the run. Its ``network.safetensors`` is for
+        ``load_network(config.network, weights=...)``.
+
+    Raises:
+        FileExistsError: `out` holds a run already and `resume` is False.
+        FileNotFoundError: `resume` is True and there is no checkpoint.
+        ValueError: The run in `out` has another config, its checkpoint is damaged, the device is
+            missing, or the loss is not finite.
+    """
+    out = Path(out)
+    fabric = _fabric(config)
+    state = _open_run(config, out, resume, fabric)
+    with _reproducible(config, fabric):
+        torch.manual_seed(config.seed)
+        model = FiveStage(len(Scenes.class_names), config.head, config.size)
+        task = _Task(model).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(task.parameters(), weight_decay=config.weight_decay)
+        task, optimizer = fabric.setup(task, optimizer)
+        if state is None:
+            state = {"config": asdict(config), "epoch": 0, "history": [], "metrics": {}}
+            _save_epoch(out, state, task, optimizer, fabric)
+        else:
+            task.load_state_dict(state.pop("task"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+
+        if state["epoch"] < config.epochs:
+            bars = progress and fabric.is_global_zero
+            train = fabric.to_device(_drawn(config, "train", bars))
+            validation = fabric.to_device(_drawn(config, "val", bars))
+            with _bar(config, len(train[0]), state, bars) as bar:
+                while state["epoch"] < config.epochs:
+                    row = _train_epoch(state, config, task, optimizer, train, fabric, bar)
+                    state["metrics"] = metrics = _validate(config, model, *validation)
+                    row["validation_loss"] = metrics["loss"]
+                    row["mean_average_precision"] = metrics["mean_average_precision"]
+                    state["history"].append(row)
+                    state["epoch"] += 1
+                    _save_epoch(out, state, task, optimizer, fabric)
+                    bar.set_postfix_str(_progress(state, row["loss"]))
+        if fabric.is_global_zero:
+            _write_network(out, config, model, state, fabric)
+        fabric.barrier()
+    return out
+
+
+def one_cycle(progress: float) -> float:
+    """Returns the learning rate at a share of the training, as a share of the largest.
+
+    Two half cosines: from 1/25 up to 1 over the first 15 %, then down to 0.
+
+    References:
+        Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates
+        (Smith and Topin, 2017), https://arxiv.org/abs/1708.07120.
+    """
+    if progress < 0.15:
+        return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * progress / 0.15)) / 2
+    return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
+
+
+# ---------------------------------------------------------------------------------------- loop
+
+
+class _Task(nn.Module):
+    # The network and its loss. A flattened layer has to find each part at each place anew and
+    # learns slowly; beside it a linear layer on the averaged last stage, which sees every place
+    # at once, teaches the stages. It is left out of the trained network.
+    def __init__(self, model: FiveStage) -> None:
+        super().__init__()
+        self.model = model
+        channels, classes = model.stage5[-3].out_channels, len(Scenes.class_names)
+        self.auxiliary = nn.Linear(channels, classes) if model.head == "fc" else None
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        activation = self.model.last_stage(images)
+        scores = self.model.classify(activation).float()
+        loss = binary_cross_entropy_with_logits(scores, targets)
+        if self.auxiliary is None:
+            return loss, torch.zeros_like(loss)
+        scores = self.auxiliary(activation.mean(dim=(2, 3))).float()
+        return loss, binary_cross_entropy_with_logits(scores, targets)
+
+
+def _train_epoch(
+    state: dict,
+    config: TrainConfig,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: tuple[UInt8[Tensor, "b 3 h w"], Float[Tensor, "b k"]],
+    fabric: Fabric,
+    bar: tqdm,
+) -> dict[str, float]:
+    images, targets = train
+    epoch, start = state["epoch"], perf_counter()
+    generator = torch.Generator().manual_seed(_epoch_seed(config.seed, epoch))
+    torch.manual_seed(_epoch_seed(config.seed, epoch) + fabric.global_rank)  # dropout
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    batches = _batches(order, config.batch_size)
+    total = torch.zeros((), device=images.device)
+    task.train()
+    for step, batch in enumerate(batches):
+        rate = config.learning_rate * one_cycle((epoch + step / len(batches)) / config.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        mine = batch[fabric.global_rank :: fabric.world_size]
+        pixels = torch.where(flips[mine, None, None, None], images[mine].flip(3), images[mine])
+        loss, auxiliary = task(_normalized(pixels), targets[mine])
+        optimizer.zero_grad()
+        fabric.backward(loss + auxiliary)
+        optimizer.step()
+        total += loss.detach()
+        bar.update(len(batch))
+        if step % 20 == 19 or step + 1 == len(batches):
+            mean = total.item() / (step + 1)
+            if not math.isfinite(mean):
+                raise ValueError(
+                    f"expected a finite loss, got {mean} in epoch {epoch + 1}, step {step + 1}; "
+                    f"lower `learning_rate` (now {config.learning_rate})"
+                )
+            bar.set_postfix_str(_progress(state, mean))
+    seconds = perf_counter() - start
+    return {
+        "epoch": epoch + 1,
+        "loss": mean,
+        "images_per_second": sum(map(len, batches)) / seconds,
+        "seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def _validate(
+    config: TrainConfig, model: nn.Module, images: UInt8[Tensor, "b 3 h w"], targets: Tensor
+) -> dict[str, object]:
+    model.eval()
+    scores = torch.cat([model(_normalized(batch)).float() for batch in images.split(100)])
+    loss = binary_cross_entropy_with_logits(scores, targets).item()
+    areas = average_precision(scores, targets)
+    kinds, start = {}, 0
+    for kind, count in _counts(config, config.validation_images):
+        part = slice(start, start := start + count)
+        mean = average_precision(scores[part], targets[part]).nanmean().item()
+        kinds[kind] = {"images": count, "mean_average_precision": mean}
+    return {
+        "images": len(images),
+        "loss": loss,
+        "mean_average_precision": areas.nanmean().item(),
+        "objects": kinds,
+        "positives": dict(zip(Scenes.class_names, targets.sum(0).int().tolist(), strict=True)),
+        "average_precision": {
+            name: None if math.isnan(area) else area  # JSON knows no NaN
+            for name, area in zip(Scenes.class_names, areas.tolist(), strict=True)
+        },
+    }
+
+
+def _normalized(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    mean, std = (
+        torch.tensor(part, device=pixels.device)[:, None, None]
+        for part in (FiveStage.mean, FiveStage.std)
+    )
+    values = (pixels.float() / 255 - mean) / std
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+def _batches(order: Int[Tensor, " b"], batch_size: int) -> Sequence[Int[Tensor, " n"]]:
+    # Whole batches only; what is left over differs from epoch to epoch.
+    whole = len(order) // batch_size * batch_size
+    return order[:whole].split(batch_size) if whole else (order,)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return (seed * 1_000_003 + epoch + 1) * 1009
+
+
+def _bar(config: TrainConfig, count: int, state: dict, shown: bool) -> tqdm:
+    seen = sum(map(len, _batches(torch.arange(count), config.batch_size)))
+    return tqdm(
+        desc=config.network, total=seen * config.epochs, initial=seen * state["epoch"],
+        unit=" images", disable=not shown, mininterval=0.5,
+    )  # fmt: skip
+
+
+def _progress(state: dict, loss: float) -> str:
+    last = state["history"][-1:]
+    score = f", mAP={last[0]['mean_average_precision']:.3f}" if last else ""
+    return f"epochs={state['epoch']}, loss={loss:.3f}{score}"
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def _counts(config: TrainConfig, images: int) -> list[tuple[str, int]]:
+    # How many scenes of each kind: (kind, count), none of them empty.
+    images = min(images, config.limit or images)
+    if config.objects != "both":
+        return [(config.objects, images)]
+    halves = [("few", images // 2), ("several", images - images // 2)]
+    return [(kind, count) for kind, count in halves if count]
+
+
+def _drawn(
+    config: TrainConfig, split: Literal["train", "val"], shown: bool
+) -> tuple[UInt8[Tensor, "b 3 h w"], Float[Tensor, "b k"]]:
+    # The whole split as bytes: 38 kB per image, drawn once instead of in every epoch.
+    counts = _counts(config, config.images if split == "train" else config.validation_images)
+    total = sum(count for _, count in counts)
+    images = torch.empty(total, 3, config.size, config.size, dtype=torch.uint8)
+    targets = torch.empty(total, len(Scenes.class_names))
+    with tqdm(desc=f"drawing {split}", total=total, unit=" images", disable=not shown) as bar:
+        row = 0
+        for kind, count in counts:
+            scenes = Scenes(split, count, config.seed, config.size, kind)
+            for i in range(count):
+                images[row], targets[row], _ = scenes.training_item(i)
+                row += 1
+                bar.update()
+    return images.contiguous(memory_format=torch.channels_last), targets
+
+
+# ---------------------------------------------------------------------------------- conditions
+
+
+def _resolved(config: TrainConfig) -> tuple[Literal["cpu", "cuda"], str]:
+    # The device and Fabric's name of the precision that "auto" stands for here.
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ValueError("expected a CUDA device for `device` 'cuda', got none; use 'cpu'")
+    device = "cuda" if cuda and config.device != "cpu" else "cpu"
+    precision = config.precision
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device == "cuda" else _computes_bfloat16()
+        precision = "bf16" if fast else "32"
+    return device, {"32": "32-true", "bf16": "bf16-mixed"}[precision]
+
+
+def _fabric(config: TrainConfig) -> Fabric:
+    device, precision = _resolved(config)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # what torchrun says
+    nodes = int(os.environ.get("WORLD_SIZE", "1")) // local
+    fabric = Fabric(accelerator=device, devices=local, num_nodes=nodes, precision=precision)
+    fabric.launch()
+    if config.batch_size % fabric.world_size:
+        raise ValueError(
+            f"expected `batch_size` as a multiple of the {fabric.world_size} processes, "
+            f"got {config.batch_size}; change one of the two"
+        )
+    return fabric
+
+
+def _computes_bfloat16() -> bool:
+    # Without these instructions a processor imitates bfloat16, ten times slower than float32.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def _reproducible(config: TrainConfig, fabric: Fabric) -> Iterator[None]:
+    # Leaves no trace: random states, thread number and flags are as before when it ends.
+    threads = torch.get_num_threads()
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+    ):
+        torch.set_num_threads(config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------ the run's folder
+
+
+def _open_run(config: TrainConfig, out: Path, resume: bool, fabric: Fabric) -> dict | None:
+    # The state after the run's last whole epoch, or None for a new run.
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(
+            f"expected `out` as a folder, got the file {str(out)!r}; name another"
+        )
+    path = out / "checkpoint.pt"
+    found = path.is_file()
+    fabric.barrier()  # nobody writes before all have looked
+    if not found and not resume:
+        out.mkdir(parents=True, exist_ok=True)
+        return None
+    if not found:
+        raise FileNotFoundError(
+            f"expected a run to resume in {str(out)!r}, got no checkpoint.pt there; "
+            "start it without `resume`"
+        )
+    if not resume:
+        raise FileExistsError(
+            f"expected no run in `out`, got {str(out)!r}, which holds one; "
+            "pass `resume` to continue it, or name another folder"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        raise ValueError(
+            f"expected a checkpoint in {str(path)!r}, which could not be read "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            "delete the run and start again"
+        ) from error
+    before, now = state["config"], asdict(config)
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        stated = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
+        given = ", ".join(f"{name} {now[name]!r}" for name in changed)
+        raise ValueError(
+            f"expected the config of the run in {str(out)!r} ({stated}), got {given}; "
+            "resume it as it was, or name another folder"
+        )
+    return state
+
+
+def _save_epoch(
+    out: Path, state: dict, task: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric
+) -> None:
+    if fabric.is_global_zero:
+        file = io.BytesIO()
+        weights = {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({**state, **weights}, file)
+        _write(out / "checkpoint.pt", file.getvalue())
+        _write(out / "config.json", json.dumps(state["config"], indent=2).encode() + b"\n")
+        if state["history"]:
+            table = io.StringIO()
+            writer = csv.DictWriter(table, state["history"][0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(state["history"])
+            _write(out / "history.csv", table.getvalue().encode())
+    fabric.barrier()
+
+
+def _write(path: Path, content: bytes) -> None:
+    # All or nothing: a reader, or a process killed here, finds the old file or the new one.
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+# ------------------------------------------------------------------------------- network and card
+
+
+def _write_network(
+    out: Path, config: TrainConfig, model: FiveStage, state: dict, fabric: Fabric
+) -> None:
+    metrics = state["metrics"]
+    metadata = {
+        "class_names": ",".join(Scenes.class_names),
+        "head": config.head,
+        "size": str(config.size),
+        "command": config.command,
+        "data": f"{config.data}, generated, {_kinds(config, config.images)}",
+        "mean_average_precision": (
+            f"{metrics['mean_average_precision']:.4f} on {metrics['images']} validation images"
+        ),
+        "versions": f"attnviz {__version__}, torch {torch.__version__.split('+')[0]}",
+    }
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    content = _sorted_header(safetensors.torch.save(weights, metadata))
+    _write(out / "network.safetensors", content)
+    _write(out / "metrics.json", json.dumps(metrics, indent=2).encode() + b"\n")
+    _write(out / "network.md", _card(config, model, state, fabric, content).encode())
+
+
+def _sorted_header(content: bytes) -> bytes:
+    # safetensors writes its metadata in random order; sorted, equal weights are equal files.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def _kinds(config: TrainConfig, images: int) -> str:
+    counts = _counts(config, images)
+    return " and ".join(f"{count} images with {kind} objects" for kind, count in counts)
+
+
+def _card(
+    config: TrainConfig, model: FiveStage, state: dict, fabric: Fabric, content: bytes
+) -> str:
+    metrics, last = state["metrics"], state["history"][-1]
+    head = {
+        "fc": "a hidden layer on the flattened last stage",
+        "conv": "one 1 x 1 convolution per class on the last stage, averaged",
+    }[config.head]
+    device, precision = _resolved(config)
+    seconds = sum(row["seconds"] for row in state["history"])
+    facts = {
+        "data": f"*{config.data}*, **generated**: drawn from the seed by `attnviz.data.scenes`",
+        "training images": f"{_kinds(config, config.images)}, split `train`",
+        "validation images": f"{_kinds(config, config.validation_images)}, split `val`",
+        "seed": f"{config.seed}, for data, first weights, order, flips and dropout",
+        "epochs": f"{config.epochs}; the last is kept, none is chosen",
+        "optimizer": f"AdamW, batches of {config.batch_size}, one cycle up to "
+        f"{config.learning_rate}, weight decay {config.weight_decay}",
+        "loss": f"binary cross-entropy; at the end {last['loss']:.4f} in training, "
+        f"{metrics['loss']:.4f} in validation",
+        "computed on": f"{device}, precision {precision}, threads: {config.threads}, "
+        f"processes: {fabric.world_size}",
+        "time": f"{seconds:.0f} s, without drawing and validation",
+        "versions": f"attnviz {__version__}, torch {torch.__version__.split('+')[0]}, "
+        f"Python {platform.python_version()}",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "file": f"{len(content):,} bytes, sha256 `{hashlib.sha256(content).hexdigest()}`",
+        "license": "the package's",
+    }
+    overall = [("all", metrics["images"], metrics["mean_average_precision"])]
+    overall += [
+        (f"{kind} objects", part["images"], part["mean_average_precision"])
+        for kind, part in metrics["objects"].items()
+    ]
+    classes = [
+        (name, metrics["positives"][name], "none" if area is None else area)
+        for name, area in metrics["average_precision"].items()
+    ]
+    return _CARD.format(
+        network=config.network,
+        size=config.size,
+        head=head,
+        command=config.command,
+        facts=_table(("", ""), facts.items()),
+        overall=_table(("validation images", "n", "mean average precision"), overall),
+        classes=_table(("class", "images that show it", "average precision"), classes),
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    shown = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *shown])
+
+
+_CARD = """# {network}
+
+A small five-stage network that names the drawn objects in a picture of {size} x {size} pixels;
+several answers may be right. Its head is {head}.
+It is made for teaching and for tests of attention maps.
+
+## How it was made
+
+```
+{command}
+```
+
+{facts}
+
+Repeated with these versions on the same kind of processor, the command gives the same bytes;
+elsewhere rounding differs, and with it, slightly, the weights and the numbers below.
+
+## Metrics
+
+Average precision is the area under the precision-recall curve, not interpolated, on the
+validation images; one training, one seed.
+
+{overall}
+
+{classes}
+
+## Known limits
+
+* It knows these drawn classes and nothing else; its answer to a photograph means nothing.
+* Training and validation images come from the same program: the numbers say how well it does on
+  new scenes of this kind, not on other pictures.
+* Its scores rank images; their sigmoid is not a calibrated probability.
+* In the training images contexts go with classes more often than not, so it may use them.
+"""
