@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test quick lint notebooks clean
+.PHONY: help lab test quick chapters notebooks lint clean
 
 help: ## show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -33,7 +33,9 @@ chapters: $(READY) ## run the chapters and compare what they say
 	@$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
 
 notebooks: $(READY) ## run the chapters and store what they show
-	@$(BIN)/python -m attnviz.chapters notebooks
+	@$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
+	  --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False \
+	  notebooks/*.ipynb
 
 lint: $(READY) ## check style
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .

@@ -17,11 +17,11 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -133,7 +133,6 @@ def bench_cam(
     total = sum(len(plan) for _, _, plan in plans) * (rounds + memory)
     with (
         tqdm(total=total, disable=not progress, unit="run") as bar,
-        _processes(memory and chosen.type == "cpu") as pool,
         _quiet(),
     ):
         for network, batch, plan in plans:
@@ -143,7 +142,7 @@ def bench_cam(
             peaks: dict[str, int | None] = dict.fromkeys(case.name for case in plan)
             for case in plan if memory else ():
                 work = (network, size, chosen.type, seed, batch, case.name)
-                peaks[case.name] = _peak(*work) if pool is None else _peak_apart(pool, *work)
+                peaks[case.name] = _peak(*work) if chosen.type == "cuda" else _peak_apart(*work)
                 bar.update()
             rows += _rows(f"{network}, batch {batch}", plan, seconds, peaks)
     if memory and all(row["peak_memory_ratio"] is None for row in rows):
@@ -395,45 +394,17 @@ def _time(run: Run, images: Tensor) -> float:
 # -------------------------------------------------------------------------------------- memory
 
 
-@contextmanager
-def _processes(apart: bool) -> Iterator[ProcessPoolExecutor | None]:
-    # One clean process that holds the network and has never run it; each case runs in a fork
-    # of it, so that none inherits what another left behind.
-    if not apart:
-        yield None
-        return
+def _peak_apart(*work: str | int) -> int | None:
+    # In a new process, so that no case inherits what another left behind; not in a fork, which
+    # torch's threads do not survive.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        yield pool
-
-
-def _peak_apart(pool: ProcessPoolExecutor, *work: str | int) -> int | None:
-    return pool.submit(_peak_in_fork, *work).result()
-
-
-def _peak_in_fork(
-    network: str, size: int, device: str, seed: int, batch: int, case: str
-) -> int | None:
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    torch.set_num_threads(1)
-    _subject(network, size, device, seed)
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    work = (sender, network, size, device, seed, batch, case)
-    process = context.Process(target=_send_peak, args=work)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:  # the fork ended early, killed for its memory
-        return None
-    finally:
-        process.join()
-
-
-def _send_peak(sender: Connection, *work: str | int) -> None:
-    sender.send(_peak(*work))
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        try:
+            return pool.submit(_peak, *work).result()
+        except BrokenProcessPool:  # killed for its memory
+            return None
 
 
 def _peak(network: str, size: int, device: str, seed: int, batch: int, case: str) -> int | None:

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import __version__
-from .cam import METHODS, Scaling, fuse, normalize, resize
+from .cam import METHODS, Scaling, fuse, resize, scale
 from .colors import overlay
 from .explain import GradientAt, StageMaps, stage_maps
 from .images import read_image
@@ -235,8 +235,11 @@ def _write_maps(
     raw = [stage[0].cpu() for stage in maps[options.method]]
     fused = fuse(raw, options.gamma, size, scaling=options.scaling)
     box = map_to_box(fused, options.threshold)
+    # each stage as it enters the fusion: all but the deepest are scaled
+    phis = [options.scaling] * (len(raw) - 1) + ["none"]
     shown = {
-        f"stage{n}": resize(normalize(m), size) for n, m in zip(maps.stages, raw, strict=True)
+        f"stage{number}": resize(scale(stage, phi, options.gamma), size)
+        for number, stage, phi in zip(maps.stages, raw, phis, strict=True)
     }
     shown["fused"] = fused
     check_writable(folder)

@@ -167,6 +167,8 @@ def train_classifier(
     out = Path(out)
     fabric = _fabric(config)
     state = _open_run(config, out, resume, fabric)
+    if state and state["epoch"] == config.epochs and (out / "network.md").is_file():
+        return out
     with _reproducible(config, fabric):
         torch.manual_seed(config.seed)
         model = FiveStage(len(Scenes.class_names), config.head, config.size)
@@ -175,10 +177,10 @@ def train_classifier(
         task, optimizer = fabric.setup(task, optimizer)
         if state is None:
             state = {"config": asdict(config), "epoch": 0, "history": [], "metrics": {}}
-            _save_epoch(out, state, task, optimizer, fabric)
         else:
             task.load_state_dict(state.pop("task"))
             optimizer.load_state_dict(state.pop("optimizer"))
+        _save_epoch(out, state, task, optimizer, fabric)  # and what a killed run left unwritten
 
         if state["epoch"] < config.epochs:
             bars = progress and fabric.is_global_zero
@@ -452,11 +454,16 @@ def _open_run(config: TrainConfig, out: Path, resume: bool, fabric: Fabric) -> d
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        missing = {"config", "task", "optimizer"} - state.keys()
+        if missing:
+            raise ValueError(f"it lacks {sorted(missing)}")
+    except (
+        OSError, RuntimeError, ValueError, EOFError, AttributeError, UnpicklingError
+    ) as error:  # fmt: skip
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"expected a checkpoint in {str(path)!r}, which could not be read "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-            "delete the run and start again"
+            f"expected the checkpoint of a run, got {str(path)!r}, which could not be read "
+            f"({reason[0]}); delete the run and start again"
         ) from error
     before, now = state["config"], asdict(config)
     changed = [name for name in now if before.get(name) != now[name]]

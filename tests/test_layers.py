@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above it in this list
-    {"cam", "localize", "metrics", "colors", "images"},
+    {"cam", "localize", "metrics", "colors", "images", "graphs"},
     {"stages", "data"},
     {"networks"},
     {"explain"},
     {"training"},
-    {"panels", "bench"},
+    {"panels", "figures", "bench"},
     {"cli"},
 ]
 

@@ -24,9 +24,7 @@ def test_average_precision_equals_its_definition_threshold_by_threshold(levels):
     scores = torch.randint(levels, (40, 6), generator=generator) / levels - 0.5
     targets = (torch.rand(40, 6, generator=generator) < 0.3).float()
     targets[0] = 1  # no class is empty
-    expected = [
-        _replica(s, t) for s, t in zip(scores.T.tolist(), targets.T.tolist(), strict=True)
-    ]
+    expected = [_replica(s, t) for s, t in zip(scores.T.tolist(), targets.T.tolist(), strict=True)]
     assert_close(average_precision(scores, targets), torch.tensor(expected, dtype=torch.float64))
 
 

@@ -90,7 +90,7 @@ def test_run_with_dropout_resumes_to_equal_bits(tmp_path, monkeypatch):
 
 
 def test_killed_process_leaves_a_run_that_resumes_to_equal_bits(tmp_path):
-    config, out = replace(SMALL, epochs=40), tmp_path / "killed"
+    config, out = replace(SMALL, epochs=20), tmp_path / "killed"
     code = (
         "import sys; from attnviz.training import *; "
         f"train_classifier({config!r}, sys.argv[1], progress=False)"
@@ -122,11 +122,16 @@ def test_half_written_file_of_a_killed_run_is_ignored(run, tmp_path):
     assert _weights(resumed) == _weights(run)
 
 
-def test_finished_run_resumes_without_training(run, tmp_path, monkeypatch):
+def test_finished_run_is_left_as_it_is(run, monkeypatch):
+    monkeypatch.setattr(training, "_write", None)
+    assert train_classifier(SMALL, run, resume=True, progress=False) == run
+
+
+def test_run_killed_after_its_last_epoch_ends_without_training(run, tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
     monkeypatch.setattr(training, "_drawn", None)
     resumed = train_classifier(SMALL, tmp_path, resume=True, progress=False)
-    for name in ("network.safetensors", "network.md", "metrics.json"):
+    for name in ("network.safetensors", "network.md", "metrics.json", "history.csv"):
         assert (resumed / name).read_bytes() == (run / name).read_bytes()
 
 
@@ -335,11 +340,14 @@ def test_resume_with_another_config_names_what_differs(run):
         train_classifier(replace(SMALL, epochs=9, seed=2), run, resume=True, progress=False)
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", None], ids=["empty", "text", "cut"])
-def test_damaged_checkpoint_is_named(run, tmp_path, content):
-    if content is None:
-        content = (run / "checkpoint.pt").read_bytes()[:5000]
-    (tmp_path / "checkpoint.pt").write_bytes(content)
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "tensor", "weights alone"])
+def test_damaged_checkpoint_is_named(run, tmp_path, damage):
+    whole, file = (run / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
+    file.write_bytes({"empty": b"", "text": b"no checkpoint"}.get(damage, whole[:5000]))
+    if damage == "tensor":
+        torch.save(torch.zeros(2), file)
+    if damage == "weights alone":
+        torch.save({"weight": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match=r"could not be read .*; delete the run and start again"):
         train_classifier(SMALL, tmp_path, resume=True, progress=False)
 

@@ -94,7 +94,7 @@ def test_saved_page_draws_what_python_draws_and_asks_for_nothing(page, panel):
     _assert_same(page, panel)
     page.get_by_label("Picture", exact=True).select_option("1")
     panel.image_index = 1
-    page.wait_for_function("document.querySelector('canvas.attnviz-map').width === 299")
+    page.locator("canvas.attnviz-map[width='299']").wait_for()
     _assert_same(page, panel)
     assert page.problems == []
     assert [url for url in page.requests if not url.startswith(("file:", "blob:"))] == []
@@ -145,6 +145,7 @@ def test_every_control_is_reached_and_worked_by_keys(page):
     assert gamma.input_value() == "2.1"
     page.get_by_role("button", name="Stage 1").focus()
     page.keyboard.press("Space")
+    page.evaluate(TWO_FRAMES)
     assert page.get_by_role("button", name="Stage 1").get_attribute("aria-pressed") == "true"
     page.get_by_role("group", name="Picture").focus()
     page.keyboard.press("ArrowRight")
@@ -174,12 +175,18 @@ def test_height_stays_and_nothing_overflows(panel, open_page, tmp_path):
 
 
 def test_damage_is_reported_in_the_panel(panel, open_page, tmp_path):
-    record = panel._data["pictures"][0]
-    panel._data = panel._data | {"pictures": [record | {"maps": record["maps"][:200]}]}
+    first, second = panel._data["pictures"]
+    damaged = first | {"maps": first["maps"][:200]}
+    panel._data = panel._data | {"pictures": [damaged, second]}
     page = open_page(panel.save_html(tmp_path / "panel.html"), awaits="[role=alert]")
     alert = page.get_by_role("alert")
     alert.wait_for()
     assert "can't be drawn: the maps of pond can't be decoded" in alert.inner_text()
+    page.get_by_label("Picture", exact=True).select_option("1")
+    page.locator("canvas.attnviz-map[width='299']").wait_for()
+    assert not alert.is_visible()
+    page.get_by_label("Picture", exact=True).select_option("0")
+    alert.wait_for()
 
 
 # -------------------------------------------------------------------------------- JupyterLab
@@ -332,10 +339,10 @@ def test_kernel_sets_the_panel_in_jupyterlab(lab_page):
         "panel.image_index, panel.class_id, panel.gamma, panel.stages, panel.palette, "
         "panel.threshold = 1, 30, 1.0, [4], 'viridis', 0.15",
     )
-    lab_page.wait_for_function("document.querySelector('canvas.attnviz-map').width === 299")
+    lab_page.locator("canvas.attnviz-map[width='299']").wait_for()
     _assert_same(lab_page, panel)
     lab_page.evaluate(RUN, "panel.image_index, panel.stages = 0, [3, 4, 5]")
-    lab_page.wait_for_function("document.querySelector('canvas.attnviz-map').width === 448")
+    lab_page.locator("canvas.attnviz-map[width='448']").wait_for()
 
 
 def test_keys_in_the_panel_leave_the_notebook_alone(lab_page):

@@ -17,7 +17,7 @@ export function bilinear(from, to) {
 
 /** Resizes a map to width x height and keeps the larger value in `target`. */
 export function resizeMax(map, [rows, columns], target, [height, width]) {
-  const across = bilinear(columns, width);
+  const { low, high, weight: share } = bilinear(columns, width);
   const down = bilinear(rows, height);
   const stretched = new Map(); // the last two rows, stretched to the new width
   const stretch = (row) => {
@@ -27,8 +27,8 @@ export function resizeMax(map, [rows, columns], target, [height, width]) {
     line = new Float32Array(width);
     const start = row * columns;
     for (let x = 0; x < width; x++) {
-      const left = map[start + across.low[x]];
-      line[x] = left + across.weight[x] * (map[start + across.high[x]] - left);
+      const left = map[start + low[x]];
+      line[x] = left + share[x] * (map[start + high[x]] - left);
     }
     stretched.set(row, line);
     return line;
