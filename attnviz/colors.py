@@ -1,8 +1,8 @@
-"""Colour: tables, coloured maps, and maps laid over pictures.
+"""Color: tables, colored maps, and maps laid over pictures.
 
 One source for the figures, the ``attnviz map`` command and the panels; the JavaScript of the
 panels repeats :func:`overlay` step by step and is tested equal to it. Values are quantized to
-256 levels first, so a colour stands for one level everywhere. Nothing here normalizes a map: see
+256 levels first, so a color stands for one level everywhere. Nothing here normalizes a map: see
 :func:`attnviz.cam.normalize`.
 """
 
@@ -16,14 +16,14 @@ __all__ = ["PALETTES", "Palette", "colorize", "overlay", "palette"]
 Palette = Literal["inferno", "viridis", "turbo", "jet", "gray"]
 
 PALETTES: tuple[str, ...] = get_args(Palette)
-"""The names of the colour tables; the first one is the default."""
+"""The names of the color tables; the first one is the default."""
 
 
 def palette(name: Palette = "inferno") -> UInt8[np.ndarray, "256 3"]:
-    """Returns a colour table: the RGB colour of each of 256 levels, low first.
+    """Returns a color table: the RGB color of each of 256 levels, low first.
 
     ``inferno``, ``viridis`` and ``gray`` are perceptually uniform and can be read with any
-    colour vision; ``turbo`` and ``jet`` are there for comparison with older figures.
+    color vision; ``turbo`` and ``jet`` are there for comparison with older figures.
     """
     if name not in PALETTES:
         raise ValueError(f"expected `palette` in {PALETTES}, got {name!r}")
@@ -35,7 +35,7 @@ def palette(name: Palette = "inferno") -> UInt8[np.ndarray, "256 3"]:
 def colorize(
     map: Float[np.ndarray, "h w"], palette: Palette = "inferno"
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Colours a map in [0, 1]; values outside are clipped."""
+    """Colors a map in [0, 1]; values outside are clipped."""
     return _table(palette)[_levels(map)]
 
 
@@ -57,8 +57,8 @@ def overlay(
     Args:
         image: The picture.
         map: The map, for instance from :func:`attnviz.cam.fuse`, normalized and resized.
-        opacity: The weight of the colour where the map is 1, in [0, 1].
-        palette: The colour table's name.
+        opacity: The weight of the color where the map is 1, in [0, 1].
+        palette: The color table's name.
 
     Returns:
         The picture with the map.

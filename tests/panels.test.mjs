@@ -96,7 +96,7 @@ test("iou: a quarter shared of two, apart, the same", () => {
   assert.equal(panel.iou([2, 3, 5, 9], [2, 3, 5, 9]), 1);
 });
 
-test("overlay: nothing at zero, the last colour at the peak, opacity by the root", () => {
+test("overlay: nothing at zero, the last color at the peak, opacity by the root", () => {
   const colors = new Uint8Array(768).fill(200, 765).fill(100, 3 * 64, 3 * 64 + 3);
   const pixels = Uint8ClampedArray.from({ length: 12 }, (_, i) => (i % 4 === 3 ? 255 : 40));
   const target = new Uint8ClampedArray(12);

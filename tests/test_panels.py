@@ -204,9 +204,9 @@ def test_notebook_keeps_a_picture_beside_the_widget():
     assert bundle["text/plain"] == repr(panel)
     assert "0x" not in bundle["text/plain"]
     picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"])))
-    assert picture.size == (32, 24)
+    assert picture.size == (320, 240)  # 32 x 24, ten times as large
     drawn = panel.picture()
-    assert (drawn[3, 2:20] == 255).all()
+    assert (drawn[30, 20:200] == 255).all()
     assert "application/vnd.jupyter.widget-view+json" in bundle
 
 

@@ -91,9 +91,9 @@ class LayerCAMPanel(Panel):
     scaled = traitlets.Unicode("shallow").tag(sync=True)
     """Which stages are scaled: ``shallow`` (all selected but the deepest), ``all``, ``none``."""
     opacity = traitlets.Float(0.8).tag(sync=True)
-    """The weight of the colour where the map is largest, in [0, 1]."""
+    """The weight of the color where the map is largest, in [0, 1]."""
     palette = traitlets.Unicode("inferno").tag(sync=True)
-    """The colour table, one of :data:`attnviz.colors.PALETTES`."""
+    """The color table, one of :data:`attnviz.colors.PALETTES`."""
     threshold = traitlets.Float(0.15).tag(sync=True)
     """The share of the map's maximum above which a pixel belongs to the box, in [0, 1)."""
     box = traitlets.Tuple(
@@ -167,8 +167,10 @@ class LayerCAMPanel(Panel):
         return colors.overlay(pixels, self.fused(), opacity=self.opacity, palette=self.palette)
 
     def picture(self) -> UInt8[np.ndarray, "h w 3"]:
-        """Returns :meth:`render` with the boxes drawn: what a notebook shows without widgets."""
+        """Returns :meth:`render` with boxes, enlarged if small: what shows without widgets."""
         image = Image.fromarray(self.render())
+        larger = max(1, 336 // max(image.size))  # small pictures would be hard to see
+        image = image.resize((image.width * larger, image.height * larger))
         draw = ImageDraw.Draw(image)
         full_height, full_width = self._pictures[self.image_index].full_size
         across, down = image.width / full_width, image.height / full_height

@@ -134,7 +134,7 @@ export function iou(a, b) {
   return shared / (area(a) + area(b) - shared);
 }
 
-/** Lays a map over RGBA pixels; the map's largest value has the last colour. */
+/** Lays a map over RGBA pixels; the map's largest value has the last color. */
 export function overlay(pixels, map, peak, colors, opacity, target) {
   const keep = new Float64Array(256);
   const color = new Float64Array(768);
