@@ -398,9 +398,7 @@ def _peak_apart(*work: str | int) -> int | None:
     # In a new process, so that no case inherits what another left behind; not in a fork, which
     # torch's threads do not survive.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        1, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_start_measuring) as pool:
         try:
             return pool.submit(_peak, *work).result()
         except BrokenProcessPool:  # killed for its memory
@@ -433,6 +431,15 @@ def _peak(network: str, size: int, device: str, seed: int, batch: int, case: str
         after = _resident_peak()
     subject.model.zero_grad()
     return after - before
+
+
+def _start_measuring() -> None:
+    # One thread, and every tensor of its own pages, which go back to the system when it is freed.
+    # Otherwise the C library keeps some, and the peak depends on where holes happen to be.
+    torch.set_num_threads(1)
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is not None:
+        tune(M_MMAP_THRESHOLD, 64 * 1024)
 
 
 def _trim() -> None:

@@ -131,7 +131,7 @@ def normgrad(
         There and Back Again: Revisiting Backpropagation Saliency Methods (Rebuffi et al., 2020),
         https://arxiv.org/abs/2004.02866.
     """
-    return activation.norm(dim=1) * gradient.norm(dim=1)
+    return activation.square().sum(dim=1).sqrt() * gradient.square().sum(dim=1).sqrt()
 
 
 METHODS = {

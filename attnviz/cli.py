@@ -247,7 +247,7 @@ def _write_maps(
     pictures = {name: overlay(pixels, map.numpy()) for name, map in shown.items()}
     for name, laid in pictures.items():
         _save_png(folder / f"{name}.png", laid)
-    _save_png(folder / "stages.png", _strip([pixels, *pictures.values()]))
+    _save_png(folder / "stages.png", _sheet([pixels, *pictures.values()]))
     arrays = {f"stage{n}": m.numpy() for n, m in zip(maps.stages, raw, strict=True)}
     write_whole(
         folder / "maps.npz",
@@ -298,15 +298,16 @@ def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _strip(pictures: Sequence[np.ndarray], height: int = 240, gap: int = 6) -> np.ndarray:
-    # The pictures side by side on white, at one height.
+def _sheet(pictures: Sequence[np.ndarray], height: int = 240, gap: int = 6) -> np.ndarray:
+    # The pictures in two rows on white.
     width = round(pictures[0].shape[1] * height / pictures[0].shape[0])
-    strip = np.full((height, len(pictures) * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    columns = -(-len(pictures) // 2)
+    sheet = np.full((2 * height + gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
     for index, picture in enumerate(pictures):
         small = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
-        left = index * (width + gap)
-        strip[:, left : left + width] = np.asarray(small)
-    return strip
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = np.asarray(small)
+    return sheet
 
 
 # -------------------------------------------------------------------------------- train, bench

@@ -125,12 +125,13 @@ def stage_maps(
         maps: dict[str, list[list[Tensor]]] = {method: [[] for _ in numbers] for method in methods}
         for index, target in enumerate(targets):
             last = index == len(targets) - 1
-            gradients = torch.autograd.grad(
-                target.sum(), sources, retain_graph=not last, allow_unused=True
+            gradients = list(
+                torch.autograd.grad(
+                    target.sum(), sources, retain_graph=not last, allow_unused=True
+                )
             )
-            for position, (activation, gradient) in enumerate(
-                zip(activations, gradients, strict=True)
-            ):
+            for position in reversed(range(len(numbers))):  # the largest last, alone in memory
+                activation, gradient = activations[position], gradients.pop()
                 if gradient is None:
                     raise ValueError(
                         f"expected the target to depend on stage {numbers[position]} "
@@ -142,7 +143,7 @@ def stage_maps(
                 )
                 for method in methods:
                     maps[method][position].append(METHODS[method](activation, gradient))
-            del gradients, gradient
+            del gradient
     several = ids is not None and ids.ndim == 2
     scores = pieces.output.detach() if _is_rows(pieces.output) else None
     return StageMaps(
