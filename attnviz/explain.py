@@ -61,7 +61,9 @@ class StageMaps(Mapping):
             f"</td></tr>"
             for number, name, stage in zip(self.stages, self.stage_names, maps, strict=True)
         )
-        facts = ", ".join(f"{key} {value}" for key, value in self.provenance.items())
+        facts = dict(self.provenance)
+        facts |= facts.pop("versions")
+        facts = ", ".join(f"{key} {value}" for key, value in facts.items())
         return (
             f"<table><caption>{', '.join(self.maps)}</caption><tr><th>stage</th><th>name</th>"
             f"<th>map</th></tr>{rows}</table><small>{facts}</small>"

@@ -30,9 +30,9 @@ _NAMES = {
 class Sheet(Figure):
     """A figure that a notebook shows as it is, without pyplot and its shared state."""
 
-    def _repr_png_(self) -> bytes:
+    def _repr_jpeg_(self) -> bytes:
         data = io.BytesIO()
-        self.savefig(data, format="png")
+        self.savefig(data, format="jpeg", pil_kwargs={"quality": 90})
         return data.getvalue()
 
 
@@ -44,7 +44,7 @@ def stage_grid(
     fused: Sequence[int] | None = None,
     gamma: float = 2.0,
     width: float = 7.0,
-    dpi: int = 100,
+    dpi: int = 130,
 ) -> Sheet:
     """Shows a picture with the map of every stage and their fusion, one row per method.
 

@@ -26,7 +26,7 @@ def test_stage_grid_has_a_row_for_each_method_and_a_column_for_each_stage(sheet)
 
 
 def test_figure_shows_itself_in_a_notebook_and_is_a_vector_file(sheet, tmp_path):
-    with Image.open(io.BytesIO(sheet._repr_png_())) as image:
-        assert image.size[0] == 700
+    with Image.open(io.BytesIO(sheet._repr_jpeg_())) as image:
+        assert image.size[0] == 910
     sheet.savefig(tmp_path / "figure.pdf")
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
