@@ -39,6 +39,11 @@ def tiny():
 
 
 @pytest.fixture
+def tiny_inplace():
+    return Tiny(inplace=True)
+
+
+@pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
 

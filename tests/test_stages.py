@@ -114,10 +114,8 @@ def test_graph_begins_at_the_earliest_stage(tiny, stages):
 
 
 @pytest.mark.parametrize("cut", ["convolutions.0", "relus.0"])
-def test_what_is_kept_is_not_overwritten_in_place(cut):
-    from conftest import Tiny
-
-    model = Tiny(inplace=True)
+def test_what_is_kept_is_not_overwritten_in_place(cut, tiny_inplace):
+    model = tiny_inplace
     images = torch.randn(1, 3, 8, 8)
     (activation,), output = staged(model, [cut]).activations(images)
     expected = model.convolutions[0](images)
