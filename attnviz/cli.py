@@ -19,7 +19,7 @@ from .colors import overlay
 from .explain import GradientAt, StageMaps, stage_maps
 from .images import read_image
 from .localize import map_to_box
-from .networks import load_network
+from .networks import data_root, load_network
 from .stages import Staged
 
 
@@ -74,6 +74,7 @@ def _command_line() -> argparse.ArgumentParser:
     _add_map(commands)
     _add_train(commands)
     _add_bench(commands)
+    _add_data(commands)
     return parser
 
 
@@ -363,3 +364,56 @@ def _bench_cam(options: argparse.Namespace) -> dict[str, object]:
     )
     _say(str(result))
     return result.to_json()
+
+
+# --------------------------------------------------------------------------------------- data
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    about = "data sets: what is there, whether it is whole, and fetching what may be fetched"
+    kinds = commands.add_parser("data", help=about, description=about).add_subparsers(
+        required=True, metavar="KIND", parser_class=_Parser
+    )
+    jobs = (
+        ("list", _data_list, "every data set, and whether it is there"),
+        ("check", _data_check, "read a data set through and say what is wrong with it"),
+        ("fetch", _data_fetch, "download a data set, verified; a stopped download goes on"),
+    )
+    for name, run, about in jobs:
+        parser = _add(kinds, name, run, about)
+        parser.add_argument("--data-root", type=Path, help="folder of the data sets")
+        if name != "list":
+            parser.add_argument("name", metavar="NAME", help="as `attnviz data list` shows it")
+
+
+def _data_list(options: argparse.Namespace) -> dict[str, object]:
+    from .data.catalog import list_data
+
+    rows = list_data(data_root(options.data_root))
+    for row in rows:
+        found = ", ".join(f"{count:,} {what}" for what, count in row["counts"].items())
+        missing = "not there" if row["folder"] else "drawn when it is needed"
+        _say(f"{row['name']:10} {row['title']}: {found or missing}")
+        _say(f"{'':10} {row['folder'] or 'no folder'}; {row['terms']}")
+    return {"data": rows}
+
+
+def _data_check(options: argparse.Namespace) -> dict[str, object]:
+    from .data.catalog import check_data
+
+    result = check_data(options.name, data_root(options.data_root))
+    found = ", ".join(f"{count:,} {what}" for what, count in result["counts"].items())
+    _say(f"{result['name']}: {found or 'nothing'} in {result['folder']}")
+    for line in (*result["missing"], *result["problems"]):
+        _say(f"  {line}")
+    if not result["ok"]:
+        raise ValueError(f"expected {options.name} without problems, found those above")
+    return result
+
+
+def _data_fetch(options: argparse.Namespace) -> dict[str, object]:
+    from .data.catalog import fetch_data
+
+    result = fetch_data(options.name, data_root(options.data_root))
+    _say(f"{result['name']}: {result['where']}")
+    return result

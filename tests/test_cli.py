@@ -133,7 +133,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["map"], ["lab"], ["train"], ["train", "classifier"], ["bench", "cam"]]
+    "command",
+    [
+        [],
+        ["map"],
+        ["lab"],
+        ["train"],
+        ["train", "classifier"],
+        ["bench", "cam"],
+        ["data", "check"],
+    ],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -166,6 +175,18 @@ def test_training_runs_resumes_and_refuses_to_overwrite(tmp_path, capsys):
     assert main([*common, "--epochs", "1"]) == 2
     assert "which holds one; pass `resume`" in capsys.readouterr().err
     assert main([*common, "--epochs", "1", "--resume"]) == 0
+
+
+def test_data_sets_are_listed_checked_and_named(tmp_path, capsys):
+    root = ["--data-root", str(tmp_path)]
+    assert main(["data", "list", *root, "--json", str(tmp_path / "list.json")]) == 0
+    rows = json.loads((tmp_path / "list.json").read_text())["data"]
+    assert {"scenes", "ilsvrc", "cub"} <= {row["name"] for row in rows}
+    assert "drawn when it is needed" in capsys.readouterr().out
+    assert main(["data", "check", "imagenet", *root]) == 2
+    assert "expected a data set of" in capsys.readouterr().err
+    assert main(["data", "check", "cub", *root]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_lab_serves_the_chapters(tmp_path):
