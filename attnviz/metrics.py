@@ -1,13 +1,55 @@
-r"""Measures of a classifier's scores: arithmetic on tensors, without a network.
+r"""Measures of classification and localization: arithmetic, without a network or a picture.
 
-Symbols: ``b`` images, ``k`` classes. A target is 1 where the class is present, 0 where it is not.
+Symbols: ``b`` images, ``k`` classes, ``t`` thresholds, ``n`` and ``m`` boxes. A target is 1 where
+the class is present, 0 where it is not. Boxes are ``(x0, y0, x1, y1)``, as in
+:mod:`attnviz.localize`, which finds them.
+
+Localization is counted first and scored after. Per image: :func:`class_ranks` and
+:func:`image_ious`, then :func:`localization_hits`, a table that may be joined from parts, then
+:func:`localization_scores`. Over a sweep of thresholds: :func:`sweep_ious` per image,
+:func:`sweep_counts`, which may be added up, then :func:`max_box_acc`. That threshold is chosen
+on the very images it is scored on; :func:`held_out_hits` chooses it on others.
 """
 
+import hashlib
+from collections.abc import Sequence
+from numbers import Real
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-__all__ = ["average_precision", "mean_average_precision"]
+__all__ = [
+    "IOUS",
+    "BoxConvention",
+    "average_precision",
+    "best_ious",
+    "bootstrap_interval",
+    "box_ious",
+    "centered_boxes",
+    "choose_threshold",
+    "class_ranks",
+    "held_out_hits",
+    "image_ious",
+    "localization_baselines",
+    "localization_hits",
+    "localization_scores",
+    "max_box_acc",
+    "max_box_acc_v2",
+    "mean_average_precision",
+    "split_half",
+    "sweep_counts",
+    "sweep_ious",
+]
+
+BoxConvention = Literal["half_open", "plus_one"]
+Boxes = Num[np.ndarray, "_ 4"] | Num[Tensor, "_ 4"] | Sequence[Sequence[Real] | None]
+
+IOUS = (0.3, 0.5, 0.7)
+"""The intersections over union at which MaxBoxAccV2 counts a box as right."""
 
 
 def average_precision(
@@ -52,3 +94,395 @@ def _area(score: Float[Tensor, " b"], target: Float[Tensor, " b"]) -> Float[Tens
     taken = torch.arange(1, len(order) + 1, device=score.device)[ends]
     recall = found / target.sum()
     return (recall.diff(prepend=recall.new_zeros(1)) * found / taken).sum()
+
+
+# ------------------------------------------------------------------------- boxes against boxes
+
+
+def box_ious(
+    a: Boxes, b: Boxes, convention: BoxConvention = "half_open"
+) -> Float[np.ndarray, "n m"]:
+    """Returns the intersection over union of every box of `a` with every box of `b`.
+
+    Args:
+        a: Boxes ``(x0, y0, x1, y1)``; None in a list stands for a missing box.
+        b: Boxes.
+        convention: ``half_open``: a box is ``x1 - x0`` wide. ``plus_one``: it is
+            ``x1 - x0 + 1`` wide, as in the released code; boxes that only touch still share
+            nothing.
+
+    Returns:
+        Values from 0 to 1; 0 for a missing box.
+
+    Raises:
+        ValueError: A box ends before it begins.
+    """
+    if convention not in get_args(BoxConvention):
+        raise ValueError(f"expected `convention` in {get_args(BoxConvention)}, got {convention!r}")
+    a, b = _box_array(a)[:, None], _box_array(b)[None]
+    extra = 1 if convention == "plus_one" else 0
+    shared = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    overlap = np.where((shared > 0).all(axis=-1), (shared + extra).prod(axis=-1), 0)
+    union = sum((box[..., 2:] - box[..., :2] + extra).prod(axis=-1) for box in (a, b)) - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+
+
+def best_ious(
+    boxes: Boxes, truths: Boxes, convention: BoxConvention = "half_open"
+) -> Float[np.ndarray, " n"]:
+    """Returns, for each box, the largest intersection over union with any true box.
+
+    Args:
+        boxes: Boxes of one image.
+        truths: All true boxes of the image, at least one.
+        convention: See :func:`box_ious`.
+
+    Raises:
+        ValueError: There is no true box.
+    """
+    if not len(truths):
+        raise ValueError("expected at least one true box in `truths`, got none; leave the image")
+    return box_ious(boxes, truths, convention).max(axis=1)
+
+
+def image_ious(
+    boxes: Boxes, truths: Sequence[Boxes], convention: BoxConvention = "half_open"
+) -> Float[np.ndarray, " b"]:
+    """Returns, for each image, the largest intersection over union of its box with a true one.
+
+    Args:
+        boxes: One box per image, None where none was found (which counts as 0).
+        truths: The true boxes of each image, at least one.
+        convention: See :func:`box_ious`.
+    """
+    if len(boxes) != len(truths):
+        raise ValueError(f"expected true boxes for {len(boxes)} images, got {len(truths)}")
+    pairs = zip(_box_array(boxes), truths, strict=True)
+    return np.array([best_ious(box[None], each, convention)[0] for box, each in pairs], np.float64)
+
+
+def _box_array(boxes: Boxes) -> np.ndarray:
+    if not isinstance(boxes, np.ndarray | Tensor):
+        boxes = [(np.nan,) * 4 if box is None else box for box in boxes]
+    array = np.asarray(boxes, dtype=np.float64)
+    if len(array) and array.shape[1:] != (4,):
+        raise ValueError(f"expected boxes (x0, y0, x1, y1), got an array {array.shape}")
+    array = array.reshape(-1, 4)
+    wrong = (array[:, 2:] < array[:, :2]).any(axis=1)
+    if wrong.any():
+        raise ValueError(
+            f"expected boxes (x0, y0, x1, y1), got {tuple(array[wrong.argmax()].tolist())}; "
+            "is it (x, y, width, height)?"
+        )
+    return array
+
+
+# -------------------------------------------------------------------- images at one threshold
+
+
+def class_ranks(
+    scores: Float[Tensor, "b k"], class_ids: Int[Tensor, " b"] | Sequence[int]
+) -> Int[np.ndarray, " b"]:
+    """Returns how many classes score higher than the true one: 0 where it is the first.
+
+    Of equal scores the class with the smaller number comes first, as in ``argmax``.
+
+    Raises:
+        ValueError: A score is NaN, a class does not exist, or there is not one per image.
+    """
+    if scores.isnan().any():
+        raise ValueError("expected scores without NaN, which have no rank; check the network")
+    ids = torch.as_tensor(class_ids, device=scores.device, dtype=torch.long)
+    if ids.shape != scores.shape[:1]:
+        raise ValueError(f"expected {len(scores)} class ids, got {tuple(ids.shape)}")
+    wrong = ids[(ids < 0) | (ids >= scores.shape[1])]
+    if len(wrong):
+        raise ValueError(f"expected classes from 0 to {scores.shape[1] - 1}, got {int(wrong[0])}")
+    own = scores.gather(1, ids[:, None])
+    before = torch.arange(scores.shape[1], device=scores.device) < ids[:, None]
+    return ((scores > own) | ((scores == own) & before)).sum(dim=1).cpu().numpy()
+
+
+def localization_hits(
+    ranks: Int[np.ndarray, " b"],
+    ious: Float[np.ndarray, " b"],
+    threshold: float = 0.5,
+    *,
+    image_ids: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """Says for each image what is right: its class, its box, both.
+
+    The box belongs to the map of the true class. ``loc5`` needs no other: where the class is
+    among the first five, its box is the one that the official protocol looks at.
+
+    Args:
+        ranks: From :func:`class_ranks`.
+        ious: From :func:`image_ious`.
+        threshold: Least intersection over union of a right box.
+        image_ids: Keys of the images, which become the index.
+
+    Returns:
+        One row per image; columns ``cls1 cls5 gt_known loc1 loc5``, true or false. Tables of
+        parts join with ``pandas.concat``; ``hits.sum()`` are the counts.
+    """
+    if len(ranks) != len(ious):
+        raise ValueError(f"expected as many ranks as ious, got {len(ranks)} and {len(ious)}")
+    known = ious >= threshold
+    first, five = ranks < 1, ranks < 5
+    columns = {"cls1": first, "cls5": five, "gt_known": known}
+    columns |= {"loc1": known & first, "loc5": known & five}
+    index = None if image_ids is None else pd.Index(list(image_ids), name="image_id")
+    return pd.DataFrame(columns, index=index)
+
+
+def localization_scores(
+    hits: pd.DataFrame,
+    *,
+    resamples: int = 2000,
+    generator: torch.Generator | None = None,
+) -> pd.DataFrame:
+    """Scores what :func:`localization_hits` counted.
+
+    Args:
+        hits: One row per image, one true-or-false column per measure.
+        resamples: See :func:`bootstrap_interval`.
+        generator: See :func:`bootstrap_interval`.
+
+    Returns:
+        One row per measure: ``images``, ``count`` (right ones), ``score`` (their share, from 0
+        to 1) and its 95 % interval, ``low`` to ``high``.
+    """
+    if not len(hits):
+        raise ValueError("expected at least one image in `hits`, got none")
+    rows = {}
+    for name, column in hits.items():
+        values = column.to_numpy(np.float64)
+        low, high = bootstrap_interval(values, resamples=resamples, generator=generator)
+        count = int(values.sum())
+        rows[name] = [len(values), count, count / len(values), low, high]
+    columns = ["images", "count", "score", "low", "high"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return table.rename_axis("measure")
+
+
+def bootstrap_interval(
+    values: Num[np.ndarray, " b"] | Bool[np.ndarray, " b"],
+    level: float = 0.95,
+    *,
+    resamples: int = 2000,
+    generator: torch.Generator | None = None,
+) -> tuple[float, float]:
+    """Returns the bootstrap interval of a mean over images: percentiles of resampled means.
+
+    Args:
+        values: One value per image, such as right or wrong.
+        level: Share of the resampled means inside the interval.
+        resamples: How many times the images are drawn, with replacement.
+        generator: Source of the draws; seeded with 0 if None, so that a result can be repeated.
+
+    References:
+        An Introduction to the Bootstrap (Efron and Tibshirani, 1993), section 13.3.
+    """
+    if not len(values):
+        raise ValueError("expected at least one value, got none")
+    if not 0 < level < 1:
+        raise ValueError(f"expected `level` in (0, 1), got {level}")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    numbers = torch.from_numpy(np.asarray(values, dtype=np.float64))
+    rows = max(1, 2_000_000 // len(numbers))  # as many draws at once as take 16 MB
+    means = [
+        numbers[
+            torch.randint(len(numbers), (size.numel(), len(numbers)), generator=generator)
+        ].mean(dim=1)
+        for size in torch.arange(resamples).split(rows)
+    ]
+    tail = (1 - level) / 2
+    low, high = np.quantile(torch.cat(means).numpy(), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+# ------------------------------------------------------------------- images at many thresholds
+
+
+def sweep_ious(
+    boxes: Boxes,
+    positions: Int[np.ndarray, " n"],
+    truths: Boxes,
+    count: int,
+    convention: BoxConvention = "half_open",
+) -> Float[np.ndarray, " t"]:
+    """Returns, for each threshold, the best intersection over union of any box with a true one.
+
+    Args:
+        boxes: All boxes of one image, from :func:`attnviz.localize.sweep_boxes`.
+        positions: The threshold that each box belongs to, from 0.
+        truths: The true boxes of the image, at least one.
+        count: Number of thresholds.
+        convention: See :func:`box_ious`.
+
+    Returns:
+        Values from 0 to 1; 0 at a threshold without a box.
+    """
+    best = np.zeros(count)
+    np.maximum.at(best, positions, best_ious(boxes, truths, convention))
+    return best
+
+
+def sweep_counts(
+    ious: Float[np.ndarray, "b t"], at: Sequence[float] = IOUS
+) -> Int[np.ndarray, "i t"]:
+    """Counts the images whose box is right, for each way of being right and each threshold.
+
+    Args:
+        ious: One row per image, from :func:`sweep_ious`.
+        at: Least intersections over union of a right box.
+
+    Returns:
+        One row for each of `at`. Counts of parts of a data set add up.
+    """
+    return np.stack([(ious >= least).sum(axis=0) for least in at])
+
+
+def max_box_acc(counts: Int[np.ndarray, "*i t"], images: int) -> Float[np.ndarray, "*i"]:
+    r"""Share of right boxes at the one threshold that suits the whole data set best.
+
+    .. math:: \mathrm{MaxBoxAcc} = \max_\tau \frac{1}{b} \sum_i
+        1[\mathrm{IoU}(\mathrm{box}(M_i, \tau), \mathrm{truth}_i) \ge 0.5]
+
+    It is not the best threshold of each image, which would be higher.
+
+    Args:
+        counts: A row of :func:`sweep_counts`, or all of them.
+        images: Number of images counted.
+
+    Returns:
+        From 0 to 1, one value per row.
+
+    References:
+        Evaluating Weakly Supervised Object Localization Methods Right (Choe et al., 2020),
+        https://arxiv.org/abs/2001.07437.
+    """
+    if images < 1 or counts.max() > images:
+        raise ValueError(f"expected at least {counts.max()} and 1 `images`, got {images}")
+    return np.asarray(counts.max(axis=-1) / images)
+
+
+def max_box_acc_v2(counts: Int[np.ndarray, "i t"], images: int) -> float:
+    """Mean of :func:`max_box_acc` over the rows, each at its own best threshold.
+
+    The published measure counts at the three :data:`IOUS` and takes all regions of a map
+    (``sweep_boxes(..., rule="contour_area", keep="all")``).
+    """
+    return float(max_box_acc(counts, images).mean())
+
+
+# ------------------------------------------------------------------ thresholds chosen elsewhere
+
+
+def split_half(image_ids: Sequence[str]) -> Bool[np.ndarray, " b"]:
+    """Divides images into two halves by a hash of their key, always in the same way.
+
+    Neither the order of the images nor the other images have an influence. The halves are about
+    equal in size.
+
+    Returns:
+        True for the half to score on, False for the half to choose on.
+    """
+    digests = (hashlib.sha256(image_id.encode()).digest() for image_id in image_ids)
+    return np.array([digest[0] % 2 == 1 for digest in digests], dtype=bool)
+
+
+def choose_threshold(ious: Float[np.ndarray, "b t"], at: float = 0.5) -> int:
+    """Returns the position of the threshold with the most right boxes.
+
+    Of several best ones it is the middle one, which is the least a matter of chance.
+
+    Args:
+        ious: One row per image, from :func:`sweep_ious`.
+        at: Least intersection over union of a right box.
+    """
+    if not len(ious):
+        raise ValueError("expected at least one image to choose on, got none; use more images")
+    counts = sweep_counts(ious, [at])[0]
+    best = np.flatnonzero(counts == counts.max())
+    return int(best[len(best) // 2])
+
+
+def held_out_hits(
+    ious: Float[np.ndarray, "b t"], scored: Bool[np.ndarray, " b"], at: float = 0.5
+) -> tuple[int, Bool[np.ndarray, " m"]]:
+    """Chooses a threshold on one half of the images and says which boxes of the other are right.
+
+    Args:
+        ious: One row per image, from :func:`sweep_ious`.
+        scored: The half to score on, from :func:`split_half`.
+        at: Least intersection over union of a right box.
+
+    Returns:
+        The position of the threshold, and one value per scored image.
+
+    Raises:
+        ValueError: A half is empty.
+    """
+    if not scored.any():
+        raise ValueError("expected at least one image to score on, got none; use more images")
+    position = choose_threshold(ious[~scored], at)
+    return position, ious[scored, position] >= at
+
+
+# --------------------------------------------------------------------- without any network
+
+
+def centered_boxes(
+    size: tuple[int, int], shares: Float[np.ndarray, " t"]
+) -> Float[np.ndarray, "t 4"]:
+    """Returns boxes in the middle of an image that take shares of its height and width.
+
+    In an image squeezed to a square, as the localization protocols do, they are squares. Share 1
+    is the full image.
+    """
+    height, width = size
+    whole = np.array([width, height, width, height]) / 2
+    return whole + np.outer(shares, whole * (-1, -1, 1, 1))
+
+
+def localization_baselines(
+    sizes: Sequence[tuple[int, int]],
+    truths: Sequence[Boxes],
+    scored: Bool[np.ndarray, " b"],
+    *,
+    at: float = 0.5,
+    shares: Float[np.ndarray, " t"] | None = None,
+    convention: BoxConvention = "half_open",
+    generator: torch.Generator | None = None,
+) -> pd.DataFrame:
+    """Scores the boxes that need no network: the full image and the best centered square.
+
+    Both know nothing of the picture, so a method has to beat them.
+
+    Args:
+        sizes: Height and width of each image.
+        truths: The true boxes of each image, at least one.
+        scored: The half to score on, from :func:`split_half`; the side of the square is chosen
+            on the other half.
+        at: Least intersection over union of a right box.
+        shares: Sides of the square to choose from, as shares of the image's; 0.01 to 1 if None.
+        convention: See :func:`box_ious`.
+        generator: See :func:`bootstrap_interval`.
+
+    Returns:
+        Rows ``full image`` and ``centered square``; columns ``share`` (the side), ``images``,
+        ``count``, ``score`` and its 95 % interval, ``low`` to ``high``. They compare with
+        GT-known localization.
+    """
+    shares = np.arange(1, 101) / 100 if shares is None else shares
+    tried = np.append(shares, 1.0)  # the last one is the full image
+    pairs = zip(sizes, truths, strict=True)
+    ious = np.stack(
+        [best_ious(centered_boxes(size, tried), each, convention) for size, each in pairs]
+    )
+    position, right = held_out_hits(ious[:, :-1], scored, at)
+    hits = {"full image": ious[scored, -1] >= at, "centered square": right}
+    table = localization_scores(pd.DataFrame(hits), generator=generator).rename_axis("baseline")
+    table.insert(0, "share", [1.0, float(shares[position])])
+    return table
