@@ -21,6 +21,7 @@ __all__ = [
     "fuse",
     "gradcam",
     "gradcam_pp",
+    "gradcam_pp_released",
     "layercam",
     "layercam_normal",
     "normalize",
@@ -65,7 +66,9 @@ def gradcam(
 
 
 def gradcam_pp(
-    activation: Float[Tensor, "b c h w"], gradient: Float[Tensor, "b c h w"]
+    activation: Float[Tensor, "b c h w"],
+    gradient: Float[Tensor, "b c h w"],
+    alpha_norm: bool = False,
 ) -> Float[Tensor, "b h w"]:
     r"""Weighs each channel by a weighted sum of its positive gradients.
 
@@ -77,6 +80,12 @@ def gradcam_pp(
     :math:`1 / (2 + g^k_{ij} \sum_{ab} A^k_{ab})`: no small constant is needed, and activations
     that are not negative keep the denominator at 2 or above.
 
+    Args:
+        activation: The stage's activation :math:`A`, after its ReLU.
+        gradient: The gradient :math:`g` of one class score per image.
+        alpha_norm: Divide each channel's :math:`\alpha` by its sum over :math:`g > 0`, as the
+            authors' released code does; :math:`w_k` is a weighted mean of gradients then.
+
     References:
         Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks
         (Chattopadhay et al., 2018), https://arxiv.org/abs/1710.11063; thesis Eqs. 3.4, 3.5.
@@ -84,7 +93,17 @@ def gradcam_pp(
     positive = gradient.relu()
     total = activation.sum(dim=(2, 3), keepdim=True)
     weight = (positive / (2 + positive * total)).sum(dim=(2, 3), keepdim=True)  # (3.4), (3.5)
+    if alpha_norm:
+        alphas = ((positive > 0) / (2 + positive * total)).sum(dim=(2, 3), keepdim=True)
+        weight = weight / alphas.clamp_min(torch.finfo(weight.dtype).tiny)
     return (weight * activation).sum(dim=1).relu()
+
+
+def gradcam_pp_released(
+    activation: Float[Tensor, "b c h w"], gradient: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b h w"]:
+    """:func:`gradcam_pp` as its authors released it, with ``alpha_norm=True``."""
+    return gradcam_pp(activation, gradient, alpha_norm=True)
 
 
 def layercam(
@@ -138,6 +157,7 @@ METHODS = {
     "layercam": layercam,
     "gradcam": gradcam,
     "gradcam_pp": gradcam_pp,
+    "gradcam_pp_released": gradcam_pp_released,
     "layercam_normal": layercam_normal,
     "normgrad": normgrad,
     "cam": cam,

@@ -16,11 +16,13 @@ from tqdm import tqdm
 from . import __version__
 from .cam import METHODS, Scaling, fuse, resize, scale
 from .colors import overlay
-from .explain import GradientAt, StageMaps, stage_maps
+from .explain import GradientAt, StageMaps, excitation_backprop, scorecam, stage_maps
 from .images import read_image
 from .localize import map_to_box
 from .networks import data_root, load_network
 from .stages import Staged
+
+_METHODS = (*METHODS, "scorecam", "cmwp", "mwp")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -167,7 +169,7 @@ def _add_map(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--class", dest="class_id", default="auto", help="name or number; auto: the highest score"
     )
-    parser.add_argument("--method", choices=tuple(METHODS), default="layercam")
+    parser.add_argument("--method", choices=_METHODS, default="layercam")
     parser.add_argument("--stages", default="all", help="e.g. 1-5 or 3,4,5; 1 is the shallowest")
     parser.add_argument("--gamma", type=float, default=2.0, help="factor inside tanh")
     parser.add_argument("--scaling", choices=get_args(Scaling), default="tanh")
@@ -193,12 +195,27 @@ def _map(options: argparse.Namespace) -> dict[str, object]:
     folders = _folders(options.out, options.images)
     jobs = list(zip(options.images, pictures, folders, strict=True))
     for path, picture, folder in tqdm(jobs, desc="maps", unit="image", disable=len(jobs) < 2):
-        maps = stage_maps(
-            net, net.preprocess(picture), class_id, (options.method,),
-            stages=stages, gradient_at=options.gradient_at,
-        )  # fmt: skip
+        maps = _attention(net, net.preprocess(picture), class_id, stages, options)
         results.append(_write_maps(folder, path, picture, net, maps, options))
     return {"results": results}
+
+
+def _attention(
+    net: Staged,
+    images: torch.Tensor,
+    class_id: int | None,
+    stages: Sequence[int],
+    options: argparse.Namespace,
+) -> StageMaps:
+    if options.method == "scorecam":
+        return scorecam(net, images, class_id, stages=stages, progress=True)
+    if options.method in ("mwp", "cmwp"):
+        contrastive = options.method == "cmwp"
+        return excitation_backprop(net, images, class_id, stages=stages, contrastive=contrastive)
+    gradient_at = options.gradient_at
+    return stage_maps(
+        net, images, class_id, (options.method,), stages=stages, gradient_at=gradient_at
+    )
 
 
 def _stage_numbers(text: str) -> list[int] | None:

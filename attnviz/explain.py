@@ -9,14 +9,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
+from tqdm import tqdm
 
 from . import __version__
 from .cam import METHODS
+from .excitation import descend, record
+from .perturb import channel_scores, informative_channels
 from .stages import Pieces, Staged
 
-__all__ = ["GradientAt", "StageMaps", "stage_maps"]
+__all__ = [
+    "GradientAt",
+    "ScoreForm",
+    "StageMaps",
+    "excitation_backprop",
+    "scorecam",
+    "stage_maps",
+]
 
 GradientAt = Literal["native", "pool", "pool_up"]
+ScoreForm = Literal["released", "paper"]
 Target = Callable[[object], Tensor]
 ClassIds = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | Target | None
 
@@ -146,19 +157,156 @@ def stage_maps(
                 for method in methods:
                     maps[method][position].append(METHODS[method](activation, gradient))
             del gradient
-    several = ids is not None and ids.ndim == 2
-    scores = pieces.output.detach() if _is_rows(pieces.output) else None
-    return StageMaps(
-        maps={
-            method: [torch.stack(each, 1) if several else each[0] for each in per_stage]
-            for method, per_stage in maps.items()
-        },
-        scores=scores,
-        class_ids=ids,
-        stages=numbers,
-        stage_names=tuple(net.stage_names[number - 1] for number in numbers),
-        provenance=provenance(net) | {"gradient_at": gradient_at},
-    )
+    return _collect(net, numbers, maps, pieces.output, ids, {"gradient_at": gradient_at})
+
+
+def scorecam(
+    net: Staged,
+    images: Float[Tensor, "b c h w"],
+    class_ids: ClassIds = None,
+    *,
+    stages: Sequence[int] | None = None,
+    form: ScoreForm = "released",
+    batch_size: int = 32,
+    channels: int | None = None,
+    progress: bool = False,
+) -> StageMaps:
+    r"""Weighs each channel by the score of the image seen through it alone, without gradients.
+
+    .. math:: M = \mathrm{ReLU} \Big( \sum_k w_k A^k \Big), \qquad
+        H_k = \frac{U^k - \min U^k}{\max U^k - \min U^k}
+
+    :math:`U^k` is channel :math:`k` resized bilinearly to the image (``align_corners=False``);
+    :math:`w_k` comes from a forward pass of the image times :math:`H_k`. What a mask hides is
+    zero, which after normalization is the mean color, not black. Constant channels have no
+    mask: they are not run and weigh nothing.
+
+    It takes one forward pass for each channel of each stage, 1472 for an image and VGG16: name
+    few `stages`, or few `channels`. Several classes of an image share its passes.
+
+    Args:
+        net: A network from :func:`attnviz.staged` or :func:`attnviz.load_network`.
+        images: Images, normalized as the network expects.
+        class_ids: As for :func:`stage_maps`. The value of a function of the output is taken in
+            place of the probability.
+        stages: Numbers of the stages, 1 = shallowest; all if None.
+        form: ``released``: :math:`w_k` is the probability of the class (softmax over the
+            classes, the sigmoid of a single score). ``paper``: the softmax over the channels
+            of the score, before softmax, less that of a baseline image, which cancels there
+            and is not run; where scores lie far apart, one channel gets all the weight.
+        batch_size: Masked images in one forward pass.
+        channels: How many channels of each image to use, those of the highest variance over
+            its positions; all if None.
+        progress: Show a progress bar if it takes more than 2 s.
+
+    Returns:
+        The maps, under ``"scorecam"``.
+
+    Raises:
+        ValueError: An argument is out of range, or scores are not finite.
+
+    References:
+        Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks
+        (Wang et al., 2020), https://arxiv.org/abs/1910.01279.
+    """
+    if form not in get_args(ScoreForm):
+        raise ValueError(f"expected `form` in {get_args(ScoreForm)}, got {form!r}")
+    for name, value in (("batch_size", batch_size), ("channels", channels)):
+        if value is not None and value < 1:
+            raise ValueError(f"expected `{name}` of at least 1, got {value}")
+    numbers = net.check_stages(stages)
+    with torch.inference_mode(False), torch.no_grad():
+        kept, output = net.activations(images)
+        activations = [_in_float32(kept[number - 1]) for number in numbers]
+        del kept
+        ids = _targets(output, class_ids, len(images))[1]
+        chosen = [informative_channels(activation, channels) for activation in activations]
+        total = sum(int(each.sum()) for each in chosen)
+        bar = tqdm(desc="Score-CAM", total=total, unit="mask", delay=2, disable=not progress)
+
+        def score(masked: Tensor, rows: Tensor) -> Tensor:
+            bar.update(len(rows))
+            return _masked_scores(net(masked), class_ids, ids, rows, form)
+
+        with bar:
+            weights = [
+                channel_scores(score, images, activation, each, batch_size)
+                for activation, each in zip(activations, chosen, strict=True)
+            ]
+        maps = [
+            _score_maps(activation, weight, each, ids, form)
+            for activation, weight, each in zip(activations, weights, chosen, strict=True)
+        ]
+    facts = {"form": form, "channels": channels or "all", "masks": total}
+    return _collect(net, numbers, {"scorecam": maps}, output, ids, facts)
+
+
+def excitation_backprop(
+    net: Staged,
+    images: Float[Tensor, "b c h w"],
+    class_ids: int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
+    *,
+    stages: Sequence[int] | None = None,
+    contrastive: bool = True,
+) -> StageMaps:
+    r"""Passes the probability of winning from a class down to each stage.
+
+    .. math:: p'_j = x_j \sum_i \frac{w^+_{ij} \, p_i}{\sum_k w^+_{ik} \, x_k}, \qquad
+        M = \mathrm{ReLU} \Big( \sum_k p_k \Big)
+
+    It begins with 1 at the class. Without contrast the map of each stage sums to 1, less what
+    is lost where only a bias excites a neuron: next to nothing in a SqueezeNet, nearly all on
+    the way to the shallow stages of a MobileNetV2, many of whose depthwise kernels have no
+    positive weight. With contrast, what the last layer passes with negated weights is
+    subtracted below it, so that only what speaks more for the class than against it remains.
+    See :mod:`attnviz.excitation` for the rule of each layer.
+
+    Args:
+        net: A network from :func:`attnviz.staged` or :func:`attnviz.load_network`, of
+            convolutions, linear layers, batch normalization, ReLU, pooling, residual sums and
+            concatenations.
+        images: Images, normalized as the network expects.
+        class_ids: Classes as for :func:`stage_maps`; not a function.
+        stages: Numbers of the stages, 1 = shallowest; all if None. The paper takes stage 4 of
+            VGG16 (after its pooling) and of ResNet-50. Layers before the first one asked for
+            may be of any kind.
+        contrastive: Subtract the evidence against the class.
+
+    Returns:
+        The maps, under ``"cmwp"``, or ``"mwp"`` without contrast.
+
+    Raises:
+        ValueError: An argument is out of range, scores are not finite, or the network has a
+            layer without a rule.
+
+    References:
+        Top-down Neural Attention by Excitation Backprop (Zhang et al., 2016),
+        https://arxiv.org/abs/1608.00507.
+    """
+    if callable(class_ids):
+        raise ValueError(
+            "expected `class_ids` as classes, got a function; excitation backprop starts at the "
+            "score of a class"
+        )
+    numbers = net.check_stages(stages)
+    net._check_images(images)
+    names = [net._parts.stages[number - 1] for number in numbers]
+    with torch.inference_mode(False), torch.no_grad():
+        passed = record(net._parts, images, names[0])
+        if not _is_rows(passed.output):
+            got = type(passed.output).__name__.removeprefix("immutable_")  # torch.fx made it so
+            raise ValueError(
+                f"expected a network output of one row of scores per image, got {got}; "
+                "excitation backprop starts at a score"
+            )
+        ids = _targets(passed.output, class_ids, len(images))[1]
+        maps: list[list[Tensor]] = [[] for _ in numbers]
+        for column in ids.reshape(len(images), -1).unbind(1):
+            reached = descend(passed, column, names, contrastive=contrastive)
+            for per_stage, p in zip(maps, reached, strict=True):
+                per_stage.append(p.sum(dim=1).relu())
+    method = "cmwp" if contrastive else "mwp"
+    return _collect(net, numbers, {method: maps}, passed.output, ids, {})
 
 
 def provenance(net: Staged) -> dict[str, object]:
@@ -169,6 +317,29 @@ def provenance(net: Staged) -> dict[str, object]:
         "torchvision": version("torchvision"),
     }
     return {"network": net.name, **net.provenance, "versions": versions}
+
+
+def _collect(
+    net: Staged,
+    numbers: tuple[int, ...],
+    maps: Mapping[str, list[list[Tensor]]],
+    output: object,
+    ids: Tensor | None,
+    facts: Mapping[str, object],
+) -> StageMaps:
+    # From one map for each method, stage and class, in this order.
+    several = ids is not None and ids.ndim == 2
+    return StageMaps(
+        maps={
+            method: [torch.stack(each, 1) if several else each[0] for each in per_stage]
+            for method, per_stage in maps.items()
+        },
+        scores=output.detach() if _is_rows(output) else None,
+        class_ids=ids,
+        stages=numbers,
+        stage_names=tuple(net.stage_names[number - 1] for number in numbers),
+        provenance=provenance(net) | facts,
+    )
 
 
 def _check_methods(methods: Sequence[str]) -> tuple[str, ...]:
@@ -201,6 +372,15 @@ def _targets(
             )
         _check_finite(target)
         return [target], None
+    scores = _scores(output, count)
+    ids = _check_class_ids(scores, class_ids)
+    columns = ids if ids.ndim == 2 else ids[:, None]
+    picked = scores.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, 0)
+    return list(picked.unbind(1)), ids
+
+
+def _scores(output: object, count: int) -> Tensor:
+    # A row for each image; a single score becomes the two classes 0 and 1.
     if not _is_rows(output):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
@@ -209,12 +389,7 @@ def _targets(
         )
     _check_finite(output)
     scores = output.reshape(count, -1)
-    if scores.shape[1] == 1:
-        scores = torch.cat([-scores, scores], dim=1)
-    ids = _check_class_ids(scores, class_ids)
-    columns = ids if ids.ndim == 2 else ids[:, None]
-    picked = scores.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, 0)
-    return list(picked.unbind(1)), ids
+    return torch.cat([-scores, scores], dim=1) if scores.shape[1] == 1 else scores
 
 
 def _check_finite(scores: Tensor) -> None:
@@ -276,9 +451,12 @@ def _activations(
             activation = pooled
         elif gradient_at == "pool" and number < len(net.stage_names):
             activation = avg_pool2d(activation, 2, ceil_mode=True)
-        kind = torch.promote_types(activation.dtype, torch.float32)  # powers of g need the range
-        found.append(activation.detach().to(kind))
+        found.append(_in_float32(activation.detach()))  # powers of g need the range
     return found
+
+
+def _in_float32(activation: Tensor) -> Tensor:
+    return activation.to(torch.promote_types(activation.dtype, torch.float32))
 
 
 def _at_activation(
@@ -293,3 +471,39 @@ def _at_activation(
         return gradient
     size = pieces.activations[position].shape[-2:]
     return interpolate(gradient, size=size, mode="bilinear", align_corners=True)
+
+
+# ----------------------------------------------------------------------------------- Score-CAM
+
+
+def _masked_scores(
+    output: object, class_ids: ClassIds, ids: Tensor | None, rows: Tensor, form: ScoreForm
+) -> Tensor:
+    # The value (n, k) of each class for masked copies of the images `rows`.
+    count = len(rows)
+    if ids is None:
+        value = _targets(output, class_ids, count)[0][0]
+        if value.ndim == 0:
+            raise ValueError(
+                f"expected the target function to return one value per image ({count},), got "
+                "one for all; masked images run together"
+            )
+        return value[:, None]
+    scores = _in_float32(_scores(output, count))
+    if form == "released":
+        scores = scores.sigmoid() if output.numel() == count else scores.softmax(dim=1)
+    return scores.gather(1, ids.reshape(len(ids), -1)[rows].clamp_min(0))
+
+
+def _score_maps(
+    activation: Tensor, weight: Tensor | None, chosen: Tensor, ids: Tensor | None, form: ScoreForm
+) -> list[Tensor]:
+    # The map (b, h, w) of each class from the weights (b, c, k).
+    if weight is None:
+        weight = activation.new_zeros(*chosen.shape, 1 if ids is None else ids[0].numel())
+    if form == "paper":
+        unused = ~chosen[..., None]  # an image without any channel gives NaN, then zero
+        weight = weight.masked_fill(unused, -torch.inf).softmax(dim=1).masked_fill(unused, 0)
+    if ids is not None:
+        weight = weight * (ids.reshape(len(ids), 1, -1) >= 0)
+    return list(torch.einsum("bck,bchw->kbhw", weight, activation).relu())

@@ -21,9 +21,13 @@ _NAMES = {
     "cam": "CAM",
     "gradcam": "Grad-CAM",
     "gradcam_pp": "Grad-CAM++",
+    "gradcam_pp_released": "Grad-CAM++ (released)",
     "layercam": "LayerCAM",
     "layercam_normal": "LayerCAM-normal",
     "normgrad": "NormGrad",
+    "scorecam": "Score-CAM",
+    "mwp": "MWP",
+    "cmwp": "cMWP",
 }
 
 

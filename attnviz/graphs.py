@@ -4,7 +4,6 @@ The trace runs on a shadow of the module tree: the same parameters, buffers and 
 evaluation mode, so nothing of the user's model is touched. Used by :mod:`attnviz.stages`.
 """
 
-import copy
 import inspect
 import operator
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -141,8 +140,10 @@ class _Detached(Mapping):
 def _shadow(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     # The module tree once more, in evaluation mode, sharing parameters, buffers and hooks.
     if id(module) not in memo:
-        memo[id(module)] = shadow = copy.copy(module)
+        # not copy.copy, which parametrized modules refuse
+        memo[id(module)] = shadow = type(module).__new__(type(module))
         state = shadow.__dict__
+        state.update(module.__dict__)
         state["training"] = False
         state["_compiled_call_impl"] = None
         state["_modules"] = {

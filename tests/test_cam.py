@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
@@ -45,15 +46,16 @@ def _cam(a, g):
     )
 
 
-def _gradcam_pp(a, g):
+def _gradcam_pp(a, g, alpha_norm=False):
     def weight(b, k):
         total = sum(float(a[b, k, i, j]) for i in range(H) for j in range(W))
-        result = 0.0
+        result = alphas = 0.0
         for i, j in itertools.product(range(H), range(W)):
             d = float(g[b, k, i, j])
             alpha = d**2 / (2 * d**2 + total * d**3) if d != 0 else 0.0
             result += alpha * max(0.0, d)
-        return result
+            alphas += alpha * (d > 0)
+        return result / alphas if alpha_norm and alphas else result
 
     return _channel_weighted(a, weight)
 
@@ -85,6 +87,7 @@ REPLICAS = {
     "cam": _cam,
     "gradcam": _gradcam,
     "gradcam_pp": _gradcam_pp,
+    "gradcam_pp_released": partial(_gradcam_pp, alpha_norm=True),
     "layercam": _layercam,
     "layercam_normal": _layercam_normal,
     "normgrad": _normgrad,

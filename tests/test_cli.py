@@ -64,6 +64,13 @@ def test_map_takes_some_stages_and_pictures_of_the_same_name(photo, tmp_path):
         assert found == ["stage2", "stage3", "stage4", "fused"]
 
 
+@pytest.mark.parametrize("method", ["cmwp", "gradcam_pp_released"])
+def test_every_kind_of_method_can_be_mapped(photo, tmp_path, method):
+    assert _map(photo, tmp_path / "out", "--method", method, "--stages", "4") == 0
+    result = json.loads((tmp_path / "out" / "photo" / "result.json").read_text())
+    assert result["method"] == method
+
+
 def test_the_same_seed_gives_the_same_result(photo, tmp_path):
     for name in ("a", "b"):
         assert _map(photo, tmp_path / name, "--seed", "5") == 0

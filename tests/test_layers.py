@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above it in this list
     {"cam", "localize", "metrics", "colors", "images", "graphs"},
-    {"stages", "data"},
+    {"stages", "excitation", "perturb", "data"},
     {"networks"},
     {"explain"},
-    {"training"},
+    {"probes", "training"},
     {"panels", "figures", "bench"},
     {"cli"},
 ]

@@ -246,6 +246,14 @@ def test_a_hook_round_a_stage_is_refused():
         staged(model)
 
 
+def test_parametrized_layers_are_cut():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    nn.utils.parametrizations.weight_norm(model[0])
+    images = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(staged(model, image_size=8)(images), model(images))
+
+
 def test_half_precision_gives_the_half_precision_output():
     model = _build("squeezenet1_1").to(torch.bfloat16)
     images = torch.randn(1, 3, 96, 96, dtype=torch.bfloat16)
