@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from .graphs import OUTPUT, CutNetwork, Segment, _trace
+from .graphs import OUTPUT, CutNetwork, Segment, trace
 
 __all__ = ["Record", "descend", "record"]
 
@@ -365,6 +365,6 @@ def _open(layer: nn.Module) -> fx.GraphModule | None:
     if type(layer).__module__.startswith("torch.nn.modules") and not list(layer.children()):
         return None
     try:
-        return _trace(layer)
+        return trace(layer, None)
     except TypeError:
         return None

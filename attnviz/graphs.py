@@ -5,8 +5,10 @@ evaluation mode, so nothing of the user's model is touched. Used by :mod:`attnvi
 """
 
 import inspect
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -16,8 +18,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.proxy import TraceError
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["OUTPUT", "CutNetwork", "Segment", "cut_network", "input_channels"]
+__all__ = ["OUTPUT", "CutNetwork", "Segment", "cut_network", "input_channels", "trace"]
 
 OUTPUT = "output"
 _ACTIVATIONS = (
@@ -32,6 +35,12 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.FractionalMaxPool2d)
 _POOL_NAMES = {"max_pool2d", "boolean_dispatch", "avg_pool2d"}
 _ALIASES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_UNTRACEABLE = (  # what a model's own code raises when it runs on symbols
+    TraceError, TypeError, RuntimeError, ValueError, AttributeError, AssertionError, IndexError,
+    KeyError,
+)  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRANSFORMERS = ("MultiheadAttention", "TransformerEncoder", "WindowAttention", "SelfAttention")
 
@@ -72,19 +81,21 @@ def cut_network(model: nn.Module, cuts: Sequence[str] | None, size: tuple[int, i
     if cuts is None:
         graph, nodes = _cut_at_stages(model, size)
     else:
-        graph, nodes = _cut_at_names(model, cuts)
+        graph, nodes = _cut_at_names(model, cuts, size)
     pools = [_pool_after(node, graph) for node in nodes]
     return CutNetwork(
         stage_names=tuple(_name_of(node, graph, nodes) for node in nodes),
         stages=tuple(node.name for node in nodes),
         pools=tuple(pool and pool.name for pool in pools),
-        segments=_split(graph, nodes, [pool for pool in pools if pool is not None]),
+        segments=_split(model, graph, nodes, [pool for pool in pools if pool is not None]),
     )
 
 
-def _cut_at_names(model: nn.Module, cuts: Sequence[str]) -> tuple[fx.GraphModule, list[fx.Node]]:
+def _cut_at_names(
+    model: nn.Module, cuts: Sequence[str], size: tuple[int, int]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
     _check_cuts(model, cuts)
-    graph = _trace(model, inside=_ancestors(cuts))
+    graph = trace(model, size, inside=_ancestors(cuts))
     nodes = [_node_of(cut, graph) for cut in cuts]
     position = _positions(graph)
     if any(position[a] >= position[b] for a, b in pairwise(nodes)):
@@ -95,14 +106,14 @@ def _cut_at_names(model: nn.Module, cuts: Sequence[str]) -> tuple[fx.GraphModule
 def _cut_at_stages(
     model: nn.Module, size: tuple[int, int]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    graph = _trace(model)
+    graph = trace(model, size)
     nodes = _find_stages(model, graph, size)
     hooked = _hooked_containers(model)
     if hooked:
         # a hooked container must be called as a whole, or its hooks would not run
         names = [_name_of(node, graph, nodes) for node in nodes]
         _refuse_hooks(hooked & _ancestors(names))
-        graph = _trace(model, whole=hooked)
+        graph = trace(model, size, whole=hooked)
         nodes = [_node_of(name, graph) for name in names]
     return graph, nodes
 
@@ -138,7 +149,7 @@ class _Detached(Mapping):
 
 
 def _shadow(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    # The module tree once more, in evaluation mode, sharing parameters, buffers and hooks.
+    # The module tree once more, in evaluation mode, unhooked, with buffers of its own.
     if id(module) not in memo:
         # not copy.copy, which parametrized modules refuse
         memo[id(module)] = shadow = type(module).__new__(type(module))
@@ -146,6 +157,11 @@ def _shadow(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
         state.update(module.__dict__)
         state["training"] = False
         state["_compiled_call_impl"] = None
+        state["_buffers"] = {
+            name: None if buffer is None else buffer.clone()
+            for name, buffer in module._buffers.items()
+        }
+        state.update({kind: {} for kind in _HOOKS})
         state["_modules"] = {
             name: child if child is None else _shadow(child, memo)
             for name, child in module._modules.items()
@@ -153,10 +169,24 @@ def _shadow(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     return memo[id(module)]
 
 
-def _freeze(graph: fx.GraphModule) -> None:
-    for module in graph.modules():
-        if not isinstance(module._parameters, _Detached):
-            module.__dict__["_parameters"] = _Detached(module._parameters)
+def _link(graph: fx.GraphModule, model: nn.Module) -> None:
+    # Parameters and buffers become the model's own, whatever it does with them later.
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            path, _, name = node.target.rpartition(".")
+            holder, original = graph.get_submodule(path), _submodule(model, path)
+            if original is None or not hasattr(original, name):  # a constant of the trace
+                holder.__dict__[name] = getattr(holder, name)
+            else:
+                holder.__dict__["_parameters"] = _Detached(original._parameters)
+                holder.__dict__["_buffers"] = original._buffers
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _hooked_containers(model: nn.Module) -> set[str]:
@@ -204,19 +234,37 @@ class _Tracer(fx.Tracer):
         return name in self._whole or _atomic(module)
 
 
-def _trace(
-    model: nn.Module, inside: Set[str] | None = None, whole: Set[str] = frozenset()
+def trace(
+    model: nn.Module,
+    size: tuple[int, int] | None,
+    inside: Set[str] | None = None,
+    whole: Set[str] = frozenset(),
 ) -> fx.GraphModule:
+    """Traces a network; compares the trace with it on noise of `size`, unless that is None.
+
+    Args:
+        model: The network, or a module of it.
+        size: Height and width of its images.
+        inside: Names of the only modules to trace into; all but the layers if None.
+        whole: Names of modules not to trace into.
+
+    Raises:
+        TypeError: It can't be traced, or computes something else then.
+    """
     shadow = _shadow(model, {})
     tracer = _Tracer(inside, whole)
-    for name, module in shadow.named_modules():
-        if not tracer.is_leaf_module(module, name):  # the trace must not set off a hook
-            module.__dict__.update({kind: {} for kind in _HOOKS})
-    parameters = list(inspect.signature(shadow.forward).parameters.values())[1:]
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    parameters = list(inspect.signature(shadow.forward).parameters.values())
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in _VARIADIC]
+    if len(required) != 1:
+        raise TypeError(
+            f"expected a network of one input, got {type(model).__name__}.forward"
+            f"({', '.join(required)}); wrap it in a module that takes the images alone"
+        )
+    defaults = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
     try:
-        graph = tracer.trace(shadow, concrete_args=defaults)
-    except (TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        with _without_custom_functions():
+            graph = tracer.trace(shadow, concrete_args=defaults)
+    except _UNTRACEABLE as error:
         # the model's own code ran on symbols instead of tensors: any of these may come of it
         raise TypeError(
             "expected a convolutional network that torch.fx can trace, got "
@@ -227,10 +275,95 @@ def _trace(
         if node.op == "placeholder":  # an optional argument, which keeps its default
             _erase(node, graph)
     traced = fx.GraphModule(shadow, graph)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
-    _freeze(traced)
+    _follow_writes(traced)
+    _check_buffers(model, shadow)
+    if size is not None:
+        _check_equal(model, shadow, traced, size)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if tracer.is_leaf_module(module, name):  # the layers are the model's own from here on
+            twin = shadow.get_submodule(name)
+            for part, original in zip(twin.modules(), module.modules(), strict=True):
+                shared = {kind: original.__dict__[kind] for kind in (*_HOOKS, "_buffers")}
+                part.__dict__.update(shared, _parameters=_Detached(original._parameters))
     return traced
+
+
+def _check_buffers(model: nn.Module, shadow: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if not torch.equal(buffer, shadow.get_buffer(name)):
+            raise TypeError(
+                f"expected a network that keeps its buffers in evaluation, got "
+                f"{type(model).__name__}, whose forward changes {name!r}; name the modules that "
+                "end its stages in `cuts`"
+            )
+
+
+@contextmanager
+def _without_custom_functions() -> Iterator[None]:
+    # Tracing looks into a custom autograd function and would lose its backward.
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: object, **kwargs: object) -> object:
+        if any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values())):
+            raise TraceError(f"{cls.__name__} is a custom autograd function")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
+
+
+def _follow_writes(graph: fx.GraphModule) -> None:
+    # Who uses a value after a layer worked on it in place uses what that layer returns.
+    position = _positions(graph)
+    for node in list(graph.graph.nodes):
+        if node.all_input_nodes and _writes(node, graph):
+            for user in list(node.all_input_nodes[0].users):
+                if position[user] > position[node]:
+                    user.replace_input_with(node.all_input_nodes[0], node)
+    graph.recompile()
+
+
+def _check_equal(
+    model: nn.Module, shadow: nn.Module, graph: fx.GraphModule, size: tuple[int, int]
+) -> None:
+    # A trace sees calls on tensors, not what Python names share: compare once, on noise.
+    image = _noise(model, size)
+    if image is None:
+        return
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            torch.manual_seed(0)
+            expected = shadow(image.clone())
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"expected {type(model).__name__} to take images of shape {tuple(image.shape)}, "
+                f"but it failed ({_first_line(error)}); give the height and width it takes as "
+                "`image_size`"
+            ) from error
+        torch.manual_seed(0)
+        found = graph.forward(image.clone())
+    pairs = zip(tree_leaves(expected), tree_leaves(found), strict=True)
+    if not all(_close(a, b) for a, b in pairs if isinstance(a, Tensor)):
+        raise TypeError(
+            f"expected a network that computes the same when traced, got {type(model).__name__}, "
+            "which writes into a value in place that it uses under another name; name the "
+            "modules that end its stages in `cuts`"
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.double().allclose(b.double(), equal_nan=True)
+
+
+def _noise(model: nn.Module, size: tuple[int, int]) -> Tensor | None:
+    channels, weight = input_channels(model), next(model.parameters(), None)
+    if channels is None or weight is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, channels, *size, generator=generator).to(weight.device, weight.dtype)
 
 
 def _erase(node: fx.Node, graph: fx.Graph) -> None:
@@ -288,7 +421,7 @@ def _node_of(name: str, graph: fx.GraphModule) -> fx.Node:
 
 
 def _check_cuts(model: nn.Module, cuts: Sequence[str]) -> None:
-    if isinstance(cuts, str) or not cuts:
+    if isinstance(cuts, str) or not cuts or not all(isinstance(cut, str) for cut in cuts):
         raise ValueError(f"expected `cuts` as a list of module names, got {cuts!r}")
     names = [name for name, _ in model.named_modules() if name]
     for cut in cuts:
@@ -309,10 +442,8 @@ def _ancestors(names: Sequence[str]) -> set[str]:
 # ---------------------------------------------------------------------------------- find stages
 
 
-def _find_stages(
-    model: nn.Module, graph: fx.GraphModule, input_size: tuple[int, int]
-) -> list[fx.Node]:
-    found = _stage_nodes(model, graph, input_size)
+def _find_stages(model: nn.Module, graph: fx.GraphModule, size: tuple[int, int]) -> list[fx.Node]:
+    found = _stage_nodes(model, graph, size)
     kind = type(model).__name__
     attends = {
         type(module).__name__
@@ -328,17 +459,33 @@ def _find_stages(
     return found
 
 
-def _stage_nodes(
-    model: nn.Module, graph: fx.GraphModule, input_size: tuple[int, int]
-) -> list[fx.Node]:
-    channels = input_channels(model)
-    if channels is None:
+def _refuse_tokens(
+    model: nn.Module, graph: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]
+) -> None:
+    # Attention between places, or linear layers on rows of tokens: no stages of (b, c, h, w).
+    for node in graph.graph.nodes:
+        name, inputs = _function_name(node), node.all_input_nodes
+        values = [n for n in inputs if n.op != "get_attr" and len(shapes.get(n, ())) > 2]
+        products = name in ("matmul", "bmm", "einsum", "baddbmm") and len(values) > 1
+        tokens = isinstance(_module_of(node, graph), nn.Linear) and len(shapes[inputs[0]]) == 3
+        if name == "scaled_dot_product_attention" or products or tokens:
+            raise TypeError(
+                f"expected a convolutional network, got {type(model).__name__} with "
+                f"{'layers on tokens' if tokens else 'attention between places'}; name the "
+                "modules that end its stages in `cuts` if their outputs are (b, c, h, w)"
+            )
+
+
+def _stage_nodes(model: nn.Module, graph: fx.GraphModule, size: tuple[int, int]) -> list[fx.Node]:
+    image = _noise(model, size)
+    if image is None:
         return []
-    shapes = _shapes(model, graph, (1, channels, *input_size))
+    shapes = _shapes(graph, image)
+    _refuse_tokens(model, graph, shapes)
     nodes = list(graph.graph.nodes)
     bottlenecks = _bottlenecks(nodes)
     last_weight = max((i for i, n in enumerate(nodes) if _has_weights(n, graph)), default=0)
-    groups: dict[tuple[int, int], list[int]] = {}  # (area, pools passed) -> positions
+    groups: dict[tuple[int, int], list[int]] = {}  # (halvings, pools passed) -> positions
     pools = 0
     for index, node in enumerate(nodes[:last_weight]):
         shape = shapes.get(node)
@@ -347,7 +494,9 @@ def _stage_nodes(
         if _is_pool(node, graph):
             pools += 1
         if node.op != "placeholder":
-            groups.setdefault((shape[2] * shape[3], pools), []).append(index)
+            # halvings, so that borders lost to unpadded convolutions begin no stage
+            halvings = round(math.log2(size[0] * size[1] / (shape[2] * shape[3])) / 2)
+            groups.setdefault((halvings, pools), []).append(index)
     ends, previous = [], -1
     for positions in groups.values():
         convolves = any(_is_convolution(n, graph) for n in nodes[previous + 1 : positions[-1] + 1])
@@ -373,31 +522,21 @@ def _stage_end(
     return named[-1]
 
 
-def _shapes(
-    model: nn.Module, graph: fx.GraphModule, shape: tuple[int, ...]
-) -> dict[fx.Node, tuple[int, ...]]:
+def _shapes(graph: fx.GraphModule, image: Tensor) -> dict[fx.Node, tuple[int, ...]]:
     found = {}
 
     class Shapes(FakeTensorProp):
-        def call_module(self, target: str, args: tuple, kwargs: dict) -> object:
-            return graph.get_submodule(target).forward(*args, **kwargs)  # no hook runs
-
         def run_node(self, node: fx.Node) -> object:
             result = super().run_node(node)
             if isinstance(result, Tensor):
                 found[node] = tuple(result.shape)
             return result
 
-    sample = next(model.parameters())
-    image = torch.empty(shape, device=sample.device, dtype=sample.dtype)
-    try:
-        with torch.no_grad():
-            Shapes(graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(image)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"expected {type(model).__name__} to take images of shape {shape}, but it failed "
-            f"({_first_line(error)}); give the height and width it takes as `image_size`"
-        ) from error
+        def call_module(self, target: str, args: tuple, kwargs: dict) -> object:
+            return graph.get_submodule(target).forward(*args, **kwargs)  # no hook runs
+
+    with torch.no_grad():
+        Shapes(graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(image)
     return found
 
 
@@ -452,6 +591,7 @@ def _is_pool(node: fx.Node, graph: fx.GraphModule) -> bool:
 def _is_alias(node: fx.Node, graph: fx.GraphModule) -> bool:
     module = _module_of(node, graph)
     names = {"dropout", "dropout2d", "flatten", "view", "reshape", "contiguous", "getitem"}
+    names |= {"permute", "transpose", "movedim", "chunk", "split"}
     return isinstance(module, _ALIASES) or _function_name(node) in names
 
 
@@ -480,7 +620,7 @@ def _pool_after(node: fx.Node, graph: fx.GraphModule) -> fx.Node | None:
 
 
 def _split(
-    graph: fx.GraphModule, cuts: list[fx.Node], pools: list[fx.Node]
+    model: nn.Module, graph: fx.GraphModule, cuts: list[fx.Node], pools: list[fx.Node]
 ) -> tuple[Segment, ...]:
     nodes = list(graph.graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
@@ -501,7 +641,9 @@ def _split(
         outputs = [n for n in outputs if n.op not in ("placeholder", "get_attr")]
         names = tuple(node.name for node in outputs)
         last = stop == len(nodes)
-        module = _segment_module(graph, body, inputs, outputs, output if last else None, cut_set)
+        module = _segment_module(
+            model, graph, body, inputs, outputs, output if last else None, cut_set
+        )
         segments.append(
             Segment(
                 module=module,
@@ -515,6 +657,7 @@ def _split(
 
 
 def _segment_module(
+    model: nn.Module,
     graph: fx.GraphModule,
     body: list[fx.Node],
     inputs: list[fx.Node],
@@ -543,21 +686,31 @@ def _segment_module(
         results.append(fx.map_arg(final.args[0], value))
     part.output(tuple(results))
     module = fx.GraphModule(graph, part)
-    _freeze(module)
+    _link(module, model)
     return module
 
 
 def _overwritten(node: fx.Node, graph: fx.GraphModule) -> bool:
-    # Does a consumer work in place on this value, directly or through an alias?
+    # May a consumer work in place on this value, directly, through an alias or deep inside?
     for user in node.users:
         module = _module_of(user, graph)
-        if module is not None and any(getattr(m, "inplace", False) for m in module.modules()):
-            return True
-        if user.kwargs.get("inplace") or user.target in (operator.iadd, operator.imul):
-            return True
-        name = _function_name(user)
-        if name.endswith("_") and not name.endswith("__"):
+        inside = module is not None and any(_is_in_place(part) for part in module.modules())
+        if inside or _writes(user, graph):
             return True
         if _is_alias(user, graph) and _overwritten(user, graph):
             return True
     return False
+
+
+def _writes(node: fx.Node, graph: fx.GraphModule) -> bool:
+    # Does it change its first input and return it?
+    module = _module_of(node, graph)
+    if module is not None:
+        return _is_in_place(module) and not module._modules
+    name = _function_name(node)
+    underscored = name.endswith("_") and not name.endswith("__")
+    return bool(underscored or node.kwargs.get("inplace") or node.target in _IN_PLACE)
+
+
+def _is_in_place(module: nn.Module) -> bool:
+    return getattr(module, "inplace", False) is True

@@ -26,7 +26,8 @@ def read_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a picture file, got {str(path)!r}, which is not there")
+        reason = "no file" if path.exists() else "not there"
+        raise FileNotFoundError(f"expected a picture file, got {str(path)!r}, which is {reason}")
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own check says more
     try:
         with Image.open(path) as image:
@@ -83,16 +84,19 @@ def to_pixels(image: Image.Image | np.ndarray | str | Path) -> np.ndarray:
 def network_size(size: tuple[int, int], target: int | tuple[int, int]) -> tuple[int, int]:
     """Returns the (height, width) at which a network sees a picture of `size`, uncropped.
 
+    The long side is rounded to a multiple of 32, which networks that resize and add need.
+
     Args:
         size: Height and width of the picture.
-        target: Length of the short side, the ratio kept (a side longer than four times the
-            other is squeezed), or the exact height and width.
+        target: Length of the short side, the ratio nearly kept (a side longer than four times
+            the other is squeezed), or the exact height and width.
     """
     if isinstance(target, tuple):
         return target
     height, width = size
-    factor = target / min(height, width)
-    return tuple(min(max(target, round(side * factor)), 4 * target) for side in (height, width))
+    ratio = min(max(height, width) / min(height, width), 4)
+    long = max(target, 32 * round(target * ratio / 32))
+    return (target, long) if height <= width else (long, target)
 
 
 def _check_size(size: tuple[int, int], what: str) -> None:
@@ -111,8 +115,8 @@ def _check_size(size: tuple[int, int], what: str) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float grey
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode != "F" else max(1.0, float(np.nanmax(values)))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = 65535 if image.mode != "F" else max(1.0, float(values.max()))
         return Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -17,7 +17,6 @@ from .stages import Staged, staged
 
 __all__ = ["FiveStage", "bundled_folder", "data_root", "load_network", "network_names"]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = (".pth", ".pt", ".safetensors")
 _UNREADABLE = (  # what readers raise on damaged files
     OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError,
@@ -160,7 +159,7 @@ def _load_bundled(name: str, weights: str | Path) -> Staged:
         provenance |= {key: own[key] for key in ("command", "mean_average_precision")}
     return staged(
         model, model.cuts, name=name, mean=model.mean, std=model.std, image_size=(size, size),
-        class_names=class_names, provenance=provenance,
+        class_names=class_names, multilabel=True, provenance=provenance,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ torch.fx and run piece by piece, so nothing is hooked: the model stays as it was
 threads may use one :class:`Staged`, and an in-place layer can't spoil what is kept.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,6 +19,12 @@ from torch import Tensor, nn
 
 from .graphs import OUTPUT, CutNetwork, cut_network, input_channels
 from .images import network_size, to_pixels
+
+_IMAGENET = {  # mean and standard deviation by number of channels
+    1: ((0.449,), (0.226,)),
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_BILINEAR = Image.Resampling.BILINEAR
 
 __all__ = ["Pieces", "Staged", "staged"]
 
@@ -56,6 +63,8 @@ class Staged:
     """Short side of the images it expects, or their exact height and width."""
     class_names: tuple[str, ...] | None
     """Name of each class, if known."""
+    multilabel: bool
+    """Whether several classes may be right: probabilities by sigmoid, not by softmax."""
     provenance: dict[str, str]
     """Where the weights come from."""
 
@@ -109,9 +118,17 @@ class Staged:
                 :func:`attnviz.images.to_pixels`.
         """
         pixels = to_pixels(image)
+        if len(self.mean) not in (1, 3):
+            raise ValueError(
+                f"expected a network of 1 or 3 channels, got {self.name} with {len(self.mean)}; "
+                "make its images yourself"
+            )
+        if len(self.mean) == 1:
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
         height, width = network_size(pixels.shape[:2], self.image_size)
-        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-        values = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None] / 255
+        resized = Image.fromarray(pixels.squeeze()).resize((width, height), _BILINEAR)
+        values = torch.from_numpy(np.array(resized).reshape(height, width, -1)).permute(2, 0, 1)
+        values = values[None] / 255
         mean, std = (torch.tensor(part)[:, None, None] for part in (self.mean, self.std))
         return ((values - mean) / std).to(self.device, self.dtype)
 
@@ -122,10 +139,11 @@ class Staged:
             ValueError: No class, or more than one, has this name; the nearest are listed.
         """
         names = self.class_names
-        if isinstance(name, int) or name.isdecimal():
+        if isinstance(name, int) or re.fullmatch(r"-?\d+", name):
             number = int(name)
-            if names is not None and not 0 <= number < len(names):
-                raise ValueError(f"expected a class from 0 to {len(names) - 1}, got {number}")
+            if number < 0 or (names is not None and number >= len(names)):
+                last = f" to {len(names) - 1}" if names else ""
+                raise ValueError(f"expected a class from 0{last}, got {number}")
             return number
         if names is None:
             raise ValueError(
@@ -145,6 +163,10 @@ class Staged:
         raise ValueError(
             f"expected a class of {self.name}, got {name!r}; the nearest are {shown or 'none'}"
         )
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Returns the probability of each class from scores ``(b, classes)``."""
+        return scores.float().sigmoid() if self.multilabel else scores.float().softmax(dim=-1)
 
     def check_stages(self, stages: Sequence[int] | None) -> tuple[int, ...]:
         """Returns the stage numbers in ascending order; all of them for None.
@@ -192,10 +214,16 @@ class Staged:
             for name in segment.dead:
                 del values[name]
             with torch.set_grad_enabled(recording and torch.is_grad_enabled()):
-                outputs = segment.module(*inputs)
+                outputs = self._call(segment.module, inputs, images)
             del inputs
             values.update(zip(segment.outputs, outputs, strict=True))
             if segment.ends in keep:
+                if values[segment.ends].ndim != 4:
+                    raise ValueError(
+                        f"expected stages of shape (b, c, h, w), got "
+                        f"{tuple(values[segment.ends].shape)} at {segment.ends!r}; "
+                        "name other `cuts`"
+                    )
                 if segment.ends == leaf:
                     values[leaf] = values[leaf].detach().requires_grad_()
                     recording = True
@@ -211,6 +239,17 @@ class Staged:
             output=values[OUTPUT],
         )
 
+    def _call(self, module: nn.Module, inputs: list, images: Tensor) -> tuple:
+        try:
+            return module.forward(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:  # torch's words for wrong sizes and types
+            raise ValueError(
+                f"expected images that {self.name} can take, got {tuple(images.shape)}, "
+                f"{images.dtype}, {images.device} ({str(error).strip().splitlines()[0]})"
+            ) from error
+
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
             raise TypeError(
@@ -221,6 +260,11 @@ class Staged:
             raise ValueError(
                 f"expected images of shape (b, c, h, w), got {tuple(images.shape)}; "
                 "add the batch dimension with images[None]"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"expected images of a floating point type, got {images.dtype}; "
+                "net.preprocess(image) makes them"
             )
         if self._channels is not None and images.shape[1] != self._channels:
             raise ValueError(
@@ -235,9 +279,10 @@ def staged(
     *,
     name: str | None = None,
     image_size: int | tuple[int, int] = 224,
-    mean: Sequence[float] = (0.485, 0.456, 0.406),
-    std: Sequence[float] = (0.229, 0.224, 0.225),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     class_names: Sequence[str] | None = None,
+    multilabel: bool = False,
     provenance: Mapping[str, str] | None = None,
 ) -> Staged:
     """Cuts a convolutional network into stages.
@@ -256,9 +301,10 @@ def staged(
         name: The network's name; its class if None.
         image_size: Short side of the images it expects, or their exact height and width. Used
             to find the stages and by :meth:`Staged.preprocess`.
-        mean: Mean of each color channel that it expects; ImageNet's by default.
-        std: Standard deviation of each color channel that it expects.
+        mean: Mean of each channel that it expects; ImageNet's if None and there are 1 or 3.
+        std: Standard deviation of each channel that it expects; likewise.
         class_names: Name of each class.
+        multilabel: Whether several classes of an image may be right.
         provenance: Where its weights come from.
 
     Returns:
@@ -275,11 +321,21 @@ def staged(
         ('relu', 'layer1', 'layer2', 'layer3', 'layer4')
     """
     model = _unwrap(model)
+    image_size = image_size if isinstance(image_size, int) else tuple(image_size)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    channels = input_channels(model) or 3
+    usual = _IMAGENET.get(channels, ((0.0,) * channels, (1.0,) * channels))
+    mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
+    if not len(mean) == len(std) == channels:
+        raise ValueError(
+            f"expected {channels} numbers in `mean` and in `std`, one for each channel of the "
+            f"images, got {len(mean)} and {len(std)}"
+        )
     net = Staged(model, cut_network(model, cuts, size))
     net.name = name or type(model).__name__
     net.image_size, net.mean, net.std = image_size, tuple(mean), tuple(std)
     net.class_names = tuple(class_names) if class_names is not None else None
+    net.multilabel = multilabel
     net.provenance = dict(provenance or {"weights": "the model's own"})
     return net
 
