@@ -244,6 +244,13 @@ def fuse(
     """
     if not maps:
         raise ValueError("expected at least one map in `maps`, got none; select a stage")
+    if len({tuple(stage.shape[:-2]) for stage in maps}) > 1:
+        shapes = [tuple(stage.shape) for stage in maps]
+        raise ValueError(f"expected maps of the same images and classes, got shapes {shapes}")
+    if not 0 < gamma < float("inf"):
+        raise ValueError(f"expected `gamma` above 0 and finite, got {gamma}")
+    if size is not None and not (isinstance(size, tuple | torch.Size | list) and len(size) == 2):
+        raise ValueError(f"expected `size` as (height, width), got {size!r}")
     if size is None:
         size = max((tuple(stage.shape[-2:]) for stage in maps), key=lambda hw: hw[0] * hw[1])
     presets = {"shallow": range(len(maps) - 1), "all": range(len(maps)), "none": ()}

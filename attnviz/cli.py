@@ -25,6 +25,11 @@ from .stages import Staged
 _METHODS = (*METHODS, "scorecam", "cmwp", "mwp")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -63,8 +68,12 @@ def _say(text: str) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("expected a CUDA device for --device cuda, got none; use --device cpu")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"expected --seed from 0 to 2**63 - 1, got {options.seed}")
     if options.json is not None:
         check_writable(options.json.parent)
+        if options.json.is_dir():
+            raise ValueError(f"expected a file for --json, got the folder {str(options.json)!r}")
     torch.manual_seed(options.seed)
 
 
@@ -83,9 +92,7 @@ def _command_line() -> argparse.ArgumentParser:
 def _add(
     commands: argparse._SubParsersAction, name: str, run: Callable, about: str
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = commands.add_parser(name, help=about, description=about, formatter_class=_Help)
     parser.set_defaults(run=run)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -169,18 +176,27 @@ def _add_map(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--class", dest="class_id", default="auto", help="name or number; auto: the highest score"
     )
-    parser.add_argument("--method", choices=_METHODS, default="layercam")
+    parser.add_argument("--method", choices=_METHODS, default="layercam", help="what makes a map")
     parser.add_argument("--stages", default="all", help="e.g. 1-5 or 3,4,5; 1 is the shallowest")
     parser.add_argument("--gamma", type=float, default=2.0, help="factor inside tanh")
-    parser.add_argument("--scaling", choices=get_args(Scaling), default="tanh")
-    parser.add_argument("--gradient-at", choices=get_args(GradientAt), default="native")
+    parser.add_argument(
+        "--scaling", choices=get_args(Scaling), default="tanh", help="of all but the deepest map"
+    )
+    parser.add_argument(
+        "--gradient-at", choices=get_args(GradientAt), default="native",
+        help="at the activation, or at the pooling that follows; pool_up gives smoother maps",
+    )  # fmt: skip
     parser.add_argument("--threshold", type=float, default=0.15, help="of the box, share of max")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR",
+        help="gets a folder for each picture: stages.png, stage1.png ... fused.png, maps.npz "
+        "(raw), result.json (class, scores, box, how it was made)",
+    )  # fmt: skip
 
 
 def _map(options: argparse.Namespace) -> dict[str, object]:
-    if not options.gamma > 0:
-        raise ValueError(f"expected --gamma above 0, got {options.gamma}")
+    if not 0 < options.gamma <= 8:
+        raise ValueError(f"expected --gamma above 0 and at most 8, got {options.gamma}")
     if not 0 <= options.threshold < 1:
         raise ValueError(f"expected --threshold in [0, 1), got {options.threshold}")
     pictures = [read_image(path) for path in options.images]
@@ -224,7 +240,8 @@ def _stage_numbers(text: str) -> list[int] | None:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        whole = first.isdecimal() and (last.isdecimal() if dash else True)
+        if not whole or len(first + last) > 4 or int(first) > int(last if dash else first):
             raise ValueError(f"expected --stages like 1-5, 3,4,5 or all, got {text!r}")
         numbers += range(int(first), int(last if dash else first) + 1)
     return numbers
@@ -272,13 +289,13 @@ def _write_maps(
         lambda target: _save_npz(target, arrays | {"fused": fused.numpy()}),
     )
     chosen = int(maps.class_ids[0])
-    probability = maps.scores[0].float().softmax(0)
-    top = [chosen, *(i for i in maps.scores[0].topk(min(5, len(probability))).indices.tolist())]
+    count = min(5, len(maps.scores[0]))
+    top = maps.scores[0].topk(count).indices.tolist()
     result = {
         "image": path.name,
         "size": size,
         "class": _class_row(net, chosen, maps),
-        "top": [_class_row(net, i, maps) for i in dict.fromkeys(top[1:])],
+        "top": [_class_row(net, i, maps) for i in top],
         "box": box,
         "threshold": options.threshold,
         "method": options.method,
@@ -298,12 +315,11 @@ def _write_maps(
 
 def _class_row(net: Staged, class_id: int, maps: StageMaps) -> dict[str, object]:
     name = net.class_names[class_id] if net.class_names else None
-    scores = maps.scores[0].float()
     return {
         "id": class_id,
         "name": name,
-        "score": float(scores[class_id]),
-        "probability": float(scores.softmax(0)[class_id]),
+        "score": float(maps.scores[0][class_id]),
+        "probability": float(net.probabilities(maps.scores)[0][class_id]),
     }
 
 
@@ -318,7 +334,7 @@ def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _sheet(pictures: Sequence[np.ndarray], height: int = 240, gap: int = 6) -> np.ndarray:
     # The pictures in two rows on white.
-    width = round(pictures[0].shape[1] * height / pictures[0].shape[0])
+    width = min(max(round(pictures[0].shape[1] * height / pictures[0].shape[0]), 32), 960)
     columns = -(-len(pictures) // 2)
     sheet = np.full((2 * height + gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
     for index, picture in enumerate(pictures):
@@ -340,7 +356,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = _add(kinds, "classifier", _train_classifier, about)
     parser.add_argument("--data", choices=("scenes",), default="scenes")
     parser.add_argument("--network", choices=("scenes_fc", "scenes_conv"), default="scenes_fc")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=12, help="how often each image is seen")
     parser.add_argument("--limit", type=int, help="at most so many images, for a quick look")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in RUN")

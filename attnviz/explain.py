@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from numbers import Integral
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -29,7 +31,8 @@ __all__ = [
 GradientAt = Literal["native", "pool", "pool_up"]
 ScoreForm = Literal["released", "paper"]
 Target = Callable[[object], Tensor]
-ClassIds = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | Target | None
+ClassId = int | str | Integral
+ClassIds = ClassId | Sequence[ClassId | Sequence[ClassId]] | Tensor | np.ndarray | Target | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +102,10 @@ def stage_maps(
         net: A network from :func:`attnviz.staged` or :func:`attnviz.load_network`.
         images: Images, normalized as the network expects; see :meth:`Staged.preprocess`.
         class_ids: One class for all images, one per image, several per image (a list for each
-            image; the maps become ``(b, k, h, w)``), None for the highest score, or a function
-            of the network's output that returns one value per image. Scores are taken before
-            softmax. A network with one score per image has the classes 1 (the score) and 0
+            image; the maps become ``(b, k, h, w)``), by number or name; None for the highest
+            score; or a function of the network's output that returns one value per image. Scores
+            are taken before softmax. A network with one score per image has the classes 1 (the
+            score) and 0
             (its negative).
         methods: Names from :data:`attnviz.cam.METHODS`.
         stages: Numbers of the stages, 1 = shallowest; all if None.
@@ -132,11 +136,16 @@ def stage_maps(
     numbers = net.check_stages(stages)
     with torch.inference_mode(False), torch.enable_grad():
         pieces = net.differentiable(images, numbers)
-        targets, ids = _targets(pieces.output, class_ids, len(images))
+        targets, ids = _targets(net, pieces.output, class_ids, len(images))
         sources = _sources(pieces, gradient_at)
         activations = _activations(pieces, gradient_at, net, numbers)
         maps: dict[str, list[list[Tensor]]] = {method: [[] for _ in numbers] for method in methods}
         for index, target in enumerate(targets):
+            if not target.requires_grad:
+                raise ValueError(
+                    "expected the target to depend on the stages, but it does not; does the "
+                    "function of the output detach it?"
+                )
             last = index == len(targets) - 1
             gradients = list(
                 torch.autograd.grad(
@@ -219,7 +228,7 @@ def scorecam(
         kept, output = net.activations(images)
         activations = [_in_float32(kept[number - 1]) for number in numbers]
         del kept
-        ids = _targets(output, class_ids, len(images))[1]
+        ids = _targets(net, output, class_ids, len(images))[1]
         chosen = [informative_channels(activation, channels) for activation in activations]
         total = sum(int(each.sum()) for each in chosen)
         bar = tqdm(desc="Score-CAM", total=total, unit="mask", delay=2, disable=not progress)
@@ -299,7 +308,7 @@ def excitation_backprop(
                 f"expected a network output of one row of scores per image, got {got}; "
                 "excitation backprop starts at a score"
             )
-        ids = _targets(passed.output, class_ids, len(images))[1]
+        ids = _targets(net, passed.output, class_ids, len(images))[1]
         maps: list[list[Tensor]] = [[] for _ in numbers]
         for column in ids.reshape(len(images), -1).unbind(1):
             reached = descend(passed, column, names, contrastive=contrastive)
@@ -360,23 +369,27 @@ def _is_rows(output: object) -> bool:
 
 
 def _targets(
-    output: object, class_ids: ClassIds, count: int
+    net: Staged, output: object, class_ids: ClassIds, count: int
 ) -> tuple[list[Tensor], Tensor | None]:
     # One value per image for each class to explain, and the classes.
     if callable(class_ids):
-        target = class_ids(output)
-        if not isinstance(target, Tensor) or target.shape not in ((), (count,)):
-            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise ValueError(
-                f"expected the target function to return one value per image ({count},), got {got}"
-            )
-        _check_finite(target)
-        return [target], None
+        return [_own_target(output, class_ids, count)], None
     scores = _scores(output, count)
-    ids = _check_class_ids(scores, class_ids)
+    ids = _check_class_ids(net, scores, class_ids)
     columns = ids if ids.ndim == 2 else ids[:, None]
     picked = scores.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, 0)
     return list(picked.unbind(1)), ids
+
+
+def _own_target(output: object, function: Target, count: int) -> Tensor:
+    target = function(output)
+    if not isinstance(target, Tensor) or target.shape not in ((), (count,)):
+        got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(
+            f"expected the target function to return one value per image ({count},), got {got}"
+        )
+    _check_finite(target)
+    return target
 
 
 def _scores(output: object, count: int) -> Tensor:
@@ -400,36 +413,45 @@ def _check_finite(scores: Tensor) -> None:
         )
 
 
-def _check_class_ids(scores: Tensor, class_ids: ClassIds) -> Tensor:
+def _check_class_ids(net: Staged, scores: Tensor, class_ids: ClassIds) -> Tensor:
     count, classes = scores.shape
     if class_ids is None:
         return scores.argmax(dim=1)
-    if isinstance(class_ids, int):
-        class_ids = [class_ids] * count
-    if isinstance(class_ids, Tensor):
+    if isinstance(class_ids, Tensor | np.ndarray):
         class_ids = class_ids.tolist()
-    rows = list(class_ids)
-    if len(rows) != count:
+    if isinstance(class_ids, str | Integral):
+        class_ids = [class_ids] * count
+    if not isinstance(class_ids, Sequence):
+        raise TypeError(
+            "expected `class_ids` as numbers or names of classes, as lists of these, or as a "
+            f"function, got {class_ids!r}"
+        )
+    if len(class_ids) != count:
         raise ValueError(
-            f"expected `class_ids` for {count} images, got {len(rows)}; "
+            f"expected `class_ids` for {count} images, got {len(class_ids)}; "
             "several classes of one image are a list in the list, [[3, 5]]"
         )
-    nested = [isinstance(row, Sequence | Tensor) for row in rows]
-    if any(nested) and not all(nested):
+    rows = [row.tolist() if isinstance(row, Tensor | np.ndarray) else row for row in class_ids]
+    single = [isinstance(row, str) or not isinstance(row, Sequence) for row in rows]
+    if any(single) and not all(single):
         raise ValueError(f"expected `class_ids` as numbers or as lists, got a mixture: {rows}")
-    if all(nested):
-        rows = [[int(each) for each in row] for row in rows]
-        most = max(len(row) for row in rows)
-        if most == 0:
-            raise ValueError("expected at least one class in `class_ids`, got none")
-        flat = [each for row in rows for each in row]
-        rows = [row + [-1] * (most - len(row)) for row in rows]
-    else:
-        rows = flat = [int(row) for row in rows]
-    wrong = [each for each in flat if not 0 <= each < classes]
+    numbers = [[_number(net, each) for each in ([row] if all(single) else row)] for row in rows]
+    wrong = [each for row in numbers for each in row if not 0 <= each < classes]
     if wrong:
         raise ValueError(f"expected classes from 0 to {classes - 1}, got {wrong[0]}")
-    return torch.tensor(rows, device=scores.device)
+    most = max(map(len, numbers))
+    if most == 0:
+        raise ValueError("expected at least one class in `class_ids`, got none")
+    ids = torch.tensor([row + [-1] * (most - len(row)) for row in numbers], device=scores.device)
+    return ids[:, 0] if all(single) else ids
+
+
+def _number(net: Staged, class_id: object) -> int:
+    if isinstance(class_id, str):
+        return net.class_id(class_id)
+    if not isinstance(class_id, Integral):
+        raise TypeError(f"expected classes as whole numbers or names, got {class_id!r}")
+    return int(class_id)
 
 
 # ---------------------------------------------------------------------------- gradient sources
@@ -482,7 +504,7 @@ def _masked_scores(
     # The value (n, k) of each class for masked copies of the images `rows`.
     count = len(rows)
     if ids is None:
-        value = _targets(output, class_ids, count)[0][0]
+        value = _own_target(output, class_ids, count)
         if value.ndim == 0:
             raise ValueError(
                 f"expected the target function to return one value per image ({count},), got "

@@ -322,6 +322,12 @@ def _cubic(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
 
 
 def _check_map(map: Tensor) -> None:
+    if not isinstance(map, Tensor):
+        raise TypeError(
+            f"expected `map` as a tensor, got {type(map).__name__}; torch.from_numpy(map)?"
+        )
+    if not map.isfinite().all():
+        raise ValueError("expected `map` without NaN and infinity; look where they come from")
     if map.ndim != 2:
         raise ValueError(f"expected `map` of shape (h, w), got {tuple(map.shape)}; map[0]?")
 

@@ -229,10 +229,9 @@ def _load_timm(name: str, weights: str | Path, root: Path) -> Staged:
 
 
 def _unknown(name: str, names: list[str], reason: str) -> ValueError:
-    near = get_close_matches(name, names, n=4, cutoff=0.4)
-    return ValueError(
-        f"expected the name of a network, got {name!r}{reason}; the nearest are {', '.join(near)}"
-    )
+    near = get_close_matches(name, dict.fromkeys(names), n=4, cutoff=0.4)
+    remedy = f"the nearest are {', '.join(near)}" if near else "for instance resnet50"
+    return ValueError(f"expected the name of a network, got {name!r}{reason}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------- weights

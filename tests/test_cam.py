@@ -255,6 +255,13 @@ def test_bad_fusion_arguments_say_what_is_allowed(untyped):
         cam.fuse([torch.rand(1, 2, 2)], scaling="log", scaled="all")
     with pytest.raises(ValueError, match="expected `scaled` in"):
         cam.fuse([torch.rand(1, 2, 2)], scaled="deep")
+    with pytest.raises(ValueError, match="the same images and classes, got shapes"):
+        cam.fuse([torch.rand(1, 2, 2), torch.rand(2, 2, 2)])
+    for gamma in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="expected `gamma` above 0 and finite"):
+            cam.fuse([torch.rand(1, 2, 2)], gamma)
+    with pytest.raises(ValueError, match=r"`size` as \(height, width\), got 16"):
+        cam.fuse([torch.rand(1, 2, 2)], size=16)
 
 
 def test_zero_map_gives_zero_fusion_and_no_box():

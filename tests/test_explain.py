@@ -1,5 +1,6 @@
 import threading
 
+import numpy as np
 import pytest
 import torch
 from test_stages import _trace
@@ -270,6 +271,8 @@ def test_other_outputs_ask_for_a_function(tiny, images):
         ({"class_ids": [1, 2]}, r"for 3 images, got 2; several classes .* \[\[3, 5\]\]"),
         ({"class_ids": [1, [2], 3]}, "as numbers or as lists, got a mixture"),
         ({"class_ids": [[], [], []]}, "expected at least one class"),
+        ({"class_ids": "cat"}, "expected the number of a class, got 'cat'; Tiny has no class"),
+        ({"class_ids": lambda s: s[:, 0].detach()}, "to depend on the stages.*detach it"),
         ({"class_ids": lambda s: s}, r"one value per image \(3,\), got \(3, 4\)"),
         ({"methods": ("gradcam++",)}, r"expected `methods` in \('layercam'.*got 'gradcam\+\+'"),
         ({"methods": ()}, "got 'none'"),
@@ -280,6 +283,21 @@ def test_other_outputs_ask_for_a_function(tiny, images):
 def test_bad_arguments_say_what_is_expected(net, images, arguments, message, untyped):
     with pytest.raises(ValueError, match=message):
         stage_maps(net, images, **arguments)
+
+
+@pytest.mark.parametrize("class_ids", [1.5, [1.5, 1, 1], {1, 2, 3}])
+def test_classes_of_another_kind_are_refused(net, images, class_ids, untyped):
+    with pytest.raises(TypeError, match="whole numbers or names|as numbers or names of classes"):
+        stage_maps(net, images, class_ids)
+
+
+def test_classes_may_come_from_numpy_torch_or_by_name(tiny, images):
+    net = staged(tiny, class_names=("a", "b", "c", "d"))
+    expected = stage_maps(net, images, [1, 1, 1])["layercam"]
+    for same in (np.int64(1), torch.tensor(1), np.array([1, 1, 1]), "b", ["b", 1, np.int64(1)]):
+        assert all(map(torch.equal, stage_maps(net, images, same)["layercam"], expected))
+    several = stage_maps(net, images, np.array([[1, 2]] * 3))["layercam"][0]
+    torch.testing.assert_close(several[:, 0], expected[0])
 
 
 def test_nan_weights_are_named(tiny, images):
