@@ -371,7 +371,13 @@ def _train_classifier(options: argparse.Namespace) -> dict[str, object]:
     )  # fmt: skip
     check_writable(options.out.parent)
     run = train_classifier(config, options.out, options.resume)
-    metrics = json.loads((run / "metrics.json").read_text())
+    try:
+        metrics = json.loads((run / "metrics.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected the metrics of a finished run in {str(run)!r}, got none that can be read; "
+            "delete its network.safetensors and --resume"
+        ) from error
     score = metrics["mean_average_precision"]
     _say(f"{run}: mean average precision {score:.3f} on {metrics['images']} generated scenes")
     return {"run": str(run), **metrics}

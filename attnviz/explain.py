@@ -105,8 +105,7 @@ def stage_maps(
             image; the maps become ``(b, k, h, w)``), by number or name; None for the highest
             score; or a function of the network's output that returns one value per image. Scores
             are taken before softmax. A network with one score per image has the classes 1 (the
-            score) and 0
-            (its negative).
+            score) and 0 (its negative).
         methods: Names from :data:`attnviz.cam.METHODS`.
         stages: Numbers of the stages, 1 = shallowest; all if None.
         gradient_at: Where the gradient is taken. ``native``: at the activation, as the thesis

@@ -450,7 +450,7 @@ def _open_run(config: TrainConfig, out: Path, resume: bool, fabric: Fabric) -> d
     if not resume:
         raise FileExistsError(
             f"expected no run in `out`, got {str(out)!r}, which holds one; "
-            "pass `resume` to continue it, or name another folder"
+            "pass `resume` (--resume) to continue it, or name another folder"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -185,7 +185,7 @@ def test_training_runs_resumes_and_refuses_to_overwrite(tmp_path, capsys):
     assert main([*common, "--epochs", "1", "--json", str(tmp_path / "r.json")]) == 0
     assert "mean_average_precision" in json.loads((tmp_path / "r.json").read_text())
     assert main([*common, "--epochs", "1"]) == 2
-    assert "which holds one; pass `resume`" in capsys.readouterr().err
+    assert "which holds one; pass `resume` (--resume)" in capsys.readouterr().err
     assert main([*common, "--epochs", "1", "--resume"]) == 0
 
 

@@ -324,6 +324,11 @@ def explore_stages(
     from ..explain import stage_maps  # runs networks, which a panel alone does not need
 
     _check_settings(settings, LayerCAMPanel)
+    if not isinstance(net, Staged):
+        raise TypeError(
+            f"expected a network from attnviz.staged or attnviz.load_network, got "
+            f"{type(net).__name__}; attnviz.staged(model) makes one"
+        )
     if not isinstance(images, list | tuple | Tensor):
         images = [images]
         class_ids = None if class_ids is None else [class_ids]
