@@ -5,8 +5,8 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
-from conftest import Tiny
 from test_stages import _trace
+from tiny import Tiny
 from torch import nn
 
 from attnviz.excitation import descend, record

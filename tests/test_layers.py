@@ -17,6 +17,7 @@ LEVELS = [  # a module imports only from levels above it in this list
     {"explain"},
     {"probes", "training"},
     {"panels", "figures", "bench"},
+    {"tables"},
     {"cli"},
 ]
 

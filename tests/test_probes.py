@@ -225,7 +225,3 @@ def test_bad_arguments_say_what_is_expected(net, tiny, images, maps, untyped):
     tiny.fc = nn.Linear(6, 1).double()
     with pytest.raises(ValueError, match=r"scores \(6, classes\), got \(6, 1\)"):
         gradient_variance(staged(tiny), images)
-    grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    grey = staged(grey, ["1"], image_size=16)
-    with pytest.raises(ValueError, match=r"3 channels of `net.mean`, got 1; name the network's"):
-        occlude(grey, images[:, :1], maps, fill="black")

@@ -318,7 +318,7 @@ def test_count_that_is_not_an_integer_is_refused(value):
 
 def test_folder_with_a_run_is_not_overwritten(run):
     before = _weights(run)
-    with pytest.raises(FileExistsError, match="which holds one; pass `resume` to continue it"):
+    with pytest.raises(FileExistsError, match=r"which holds one; pass `resume` \(--resume\)"):
         train_classifier(SMALL, run, progress=False)
     assert _weights(run) == before
 
