@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Benchmark", "bench_cam"]
 
+M_MMAP_THRESHOLD = -3  # of mallopt
 FLOOR = "forward + backward to stage 1"
 EIGHT_CALLS = "LayerCAM of 8 classes, 8 calls"
 PEERS = {"captum": "captum", "grad-cam": "pytorch_grad_cam", "torchcam": "torchcam"}

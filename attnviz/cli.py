@@ -86,6 +86,8 @@ def _command_line() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_bench(commands)
     _add_data(commands)
+    _add_table(commands)
+    _add_figure(commands)
     return parser
 
 
@@ -456,3 +458,80 @@ def _data_fetch(options: argparse.Namespace) -> dict[str, object]:
     result = fetch_data(options.name, data_root(options.data_root))
     _say(f"{result['name']}: {result['where']}")
     return result
+
+
+# --------------------------------------------------------------------------- tables and figures
+
+
+def _add_table(commands: argparse._SubParsersAction) -> None:
+    about = "a table of the thesis: the paper's numbers beside ours"
+    parser = _add(commands, "table", _table, about)
+    parser.add_argument("id", nargs="?", metavar="ID", help="for instance 3.1")
+    parser.add_argument("--list", action="store_true", help="name every table")
+    parser.add_argument("--data", choices=("scenes", "ilsvrc", "cub"), default="scenes")
+    parser.add_argument("--network", help="a name; if none, scenes_fc for scenes, else vgg16")
+    parser.add_argument("--weights", default="auto", help="auto, random or a file")
+    parser.add_argument("--data-root", type=Path, help="folder of the data sets and weights/")
+    parser.add_argument("--limit", type=int, help="at most so many pictures")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these rows")
+    parser.add_argument(
+        "--preset", choices=("thesis", "released", "literature"), default="thesis",
+        help="whose choices where the sources differ",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gradient-at", choices=get_args(GradientAt), help="in place of the preset's choice"
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where a stopped table goes on")
+
+
+def _table(options: argparse.Namespace) -> dict[str, object]:
+    from .tables import make_table, table_names
+
+    if options.list:
+        for number, title in table_names():
+            _say(f"{number:5} {title}")
+        return {"tables": [{"id": number, "title": title} for number, title in table_names()]}
+    if options.id is None:
+        raise ValueError("expected the ID of a table, got none; see attnviz table --list")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = make_table(
+        options.id, data=options.data, network=options.network, weights=options.weights,
+        data_root=options.data_root, limit=options.limit, seed=options.seed,
+        preset=options.preset, gradient_at=options.gradient_at, methods=options.methods,
+        device=device, cache=options.cache,
+    )  # fmt: skip
+    _say(str(table))
+    return table.to_json()
+
+
+def _add_figure(commands: argparse._SubParsersAction) -> None:
+    about = "a figure of the thesis, drawn from the bundled or from given pictures"
+    parser = _add(commands, "figure", _figure, about)
+    parser.add_argument("id", nargs="?", metavar="ID", help="for instance 3.1")
+    parser.add_argument("--list", action="store_true", help="name every figure")
+    parser.add_argument("--network", help="a name; a bundled one if none")
+    parser.add_argument("--pictures", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=".pdf, .svg or .png")
+
+
+def _figure(options: argparse.Namespace) -> dict[str, object]:
+    from .figures import figure_names, make_figure
+
+    if options.list:
+        for number, title in figure_names():
+            _say(f"{number:5} {title}")
+        return {"figures": [{"id": number, "title": title} for number, title in figure_names()]}
+    if options.id is None or options.out is None:
+        raise ValueError("expected the ID of a figure and --out, see attnviz figure --list")
+    if options.out.suffix not in (".pdf", ".svg", ".png"):
+        raise ValueError(f"expected --out as .pdf, .svg or .png, got {str(options.out)!r}")
+    check_writable(options.out.parent)
+    sheet = make_figure(
+        options.id, network=options.network, pictures=options.pictures, seed=options.seed
+    )
+    kind = options.out.suffix[1:]
+    write_whole(options.out, lambda target: sheet.savefig(target, format=kind))
+    _say(str(options.out))
+    return {"figure": options.id, "file": str(options.out)}

@@ -201,6 +201,21 @@ def test_data_sets_are_listed_checked_and_named(tmp_path, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_tables_and_figures_are_listed_made_and_refused(tmp_path, capsys):
+    assert main(["table", "--list"]) == main(["figure", "--list"]) == 0
+    assert capsys.readouterr().out.count("3.1") >= 2
+    for wrong in (
+        ["table", "9.9"],
+        ["table"],
+        ["figure", "3.1"],
+        ["figure", "9.9", "--out", "f.pdf"],
+    ):
+        assert main(wrong) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert main(["figure", "1.1", "--out", str(tmp_path / "f.pdf")]) == 0
+    assert (tmp_path / "f.pdf").read_bytes().startswith(b"%PDF")
+
+
 def test_lab_serves_the_chapters(tmp_path):
     environment = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path), "HOME": str(tmp_path)}
     found = subprocess.run(

@@ -1,13 +1,38 @@
 import io
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib import rc_context
+from matplotlib.text import Text
 from PIL import Image
 
+from attnviz import figures
+from attnviz.data.folder import load_folder
+from attnviz.data.scenes import CLASS_NAMES, Scenes
 from attnviz.explain import stage_maps
-from attnviz.figures import stage_grid
+from attnviz.figures import Example, figure_names, make_figure, map_grid, stage_grid
+from attnviz.localize import box_iou, map_to_box
+from attnviz.networks import load_network
+from attnviz.probes import gradient_variance
 from attnviz.stages import staged
+
+NUMBERS = [number for number, _ in figure_names()]
+EXPECTED = {
+    "1.1": {"class label, 1 s", "box, 10 s", "pixel mask, 78 s", "1 × 78 s = 78 s"},
+    "1.2": {"picture", "network", "predicts\n“deer”", "attention map\nof “deer”"},
+    "1.3": {"picture", "stage 5 map", "above half", "object", "deer", "fire engine", "steamer"},
+    "2.1": {"picture", "average\nover places", "linear layer\n$w_k$", "96 feature maps $A^k$"},
+    "2.2": {"(a) backpropagation", "(b) class activation maps", "(c) perturbation"},
+    "3.1": {"Grad-CAM", "LayerCAM", "stage 3", "stage 5", "class\n“horse”"},
+    "3.2": {"Grad-CAM", "Grad-CAM++", "stage 2", "stage 3", "stage 4", "class\n“fire engine”"},
+    "3.3": {"(c) feature maps", "stage 1", "stage 5"},
+    "3.4": {"stage 1", "$M^{(5)}$", "fused, stages 3 to 5", "LayerCAM"},
+    "3.5": {"stage 1", "stage 5", "fused 3+4+5", "horse", "deer"},
+    "3.6": {"Grad-CAM", "Grad-CAM++", "LayerCAM", "taxi", "crane ship"},
+}
 
 
 @pytest.fixture
@@ -15,6 +40,27 @@ def sheet(tiny):
     maps = stage_maps(staged(tiny), torch.rand(1, 3, 32, 48).double(), 1, ("layercam", "gradcam"))
     picture = np.full((64, 96, 3), 128, dtype=np.uint8)
     return stage_grid(picture, maps, fused=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def made():
+    return {number: make_figure(number) for number in NUMBERS}
+
+
+@pytest.fixture(scope="module")
+def net():
+    return load_network("scenes_fc")
+
+
+def _texts(figure):
+    return [text.get_text() for axis in figure.axes for text in axis.texts]
+
+
+def _pdf(figure):
+    data = io.BytesIO()
+    with rc_context({"pdf.compression": 0}):  # text that can be searched
+        figure.savefig(data, format="pdf")
+    return data.getvalue()
 
 
 def test_stage_grid_has_a_row_for_each_method_and_a_column_for_each_stage(sheet):
@@ -30,3 +76,204 @@ def test_figure_shows_itself_in_a_notebook_and_is_a_vector_file(sheet, tmp_path)
         assert image.size[0] == 910
     sheet.savefig(tmp_path / "figure.pdf")
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_map_grid_names_every_map():
+    picture = np.full((60, 80, 3), 128, dtype=np.uint8)
+    maps = {name: torch.rand(7, 9) for name in "abcdef"}
+    figure = map_grid(picture, maps, columns=3)
+    assert _texts(figure) == ["picture", *"abcdef"]
+    assert len(figure.axes[0].images) == 7
+
+
+def test_map_grid_leaves_a_zero_map_dark():
+    picture = np.full((60, 80, 3), 200, dtype=np.uint8)
+    figure = map_grid(picture, {"zero": torch.zeros(7, 9)})
+    assert figure.axes[0].images[1].get_array().max() <= 100
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_figure_says_what_it_shows(made, number):
+    assert EXPECTED[number] <= set(_texts(made[number]))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_figure_fits_a_column_or_a_page_and_can_be_read(made, number):
+    figure = made[number]
+    assert figure.get_figwidth() in (3.5, 7.0)
+    assert figure.get_figheight() < 9
+    figure.draw_without_rendering()
+    width, height = figure.bbox.size
+    for text in figure.findobj(Text):
+        assert text.get_fontsize() >= 6
+    for text in (each for axis in figure.axes for each in axis.texts):
+        box = text.get_window_extent()
+        inside = box.x0 > -2 and box.y0 > -2 and box.x1 < width + 2 and box.y1 < height + 2
+        assert inside, text.get_text()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_figure_is_a_pdf_whose_text_is_text(made, number):
+    pdf = _pdf(made[number])
+    assert pdf.startswith(b"%PDF")
+    assert b"/FontFile2" in pdf  # an embedded TrueType font
+    assert b"/Type3" not in pdf
+    assert len(re.findall(rb"\sT[jJ]\s", pdf)) >= 4
+    assert f"figure {number}; network scenes_".encode() in pdf
+
+
+def test_the_same_figure_has_the_same_bytes(made):
+    assert _pdf(made["1.2"]) == _pdf(make_figure("1.2"))
+
+
+def test_there_is_a_title_for_every_figure():
+    assert set(NUMBERS) == set(EXPECTED)
+    assert all(title for _, title in figure_names())
+
+
+def test_label_costs_are_those_of_the_objects_drawn(made):
+    texts = _texts(made["1.1"])
+    crowded = next(
+        s for s in Scenes("val", objects="several") if len(s.objects) == len(s.class_ids) == 3
+    )
+    assert [text for text in texts if text.startswith("3 ×")] == [
+        "3 × 1 s = 3 s", "3 × 10 s = 30 s", "3 × 78 s = 234 s"
+    ]  # fmt: skip
+    assert "\n".join(CLASS_NAMES[class_id] for class_id in crowded.class_ids) in texts
+
+
+def test_shares_of_figure_1_3_are_those_of_the_region():
+    region, mask = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
+    region[:, 1:] = True
+    mask[:, :2] = True
+    assert figures._shares(region, mask) == (0.5, pytest.approx(1 / 3))
+
+
+def test_weights_of_figure_2_1_are_the_weights_of_the_linear_layer():
+    net = load_network("scenes_conv")
+    scene = Scenes("val", objects="few")[0]
+    pieces = net.differentiable(net.preprocess(scene.image), [5])
+    class_id, weights = figures._linear_weights(net, pieces, 3)
+    layer = net.model.classifier.weight[3, :, 0, 0]
+    assert class_id == 3
+    torch.testing.assert_close(weights, layer.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_occlusion_finds_the_one_place_that_counts():
+    class Corner(torch.nn.Module):
+        def forward(self, images):
+            return images[:, :1, :8, :8].mean((2, 3)).repeat(1, 2)
+
+    drop = figures._occlusion_drop(Corner(), torch.ones(1, 3, 112, 112), 1)
+    assert drop.shape == (14, 14)
+    assert drop.argmax() == 0
+    assert drop[3:, 3:].max() == 0
+
+
+def test_curves_of_figure_3_3_are_the_variances(made, net):
+    scenes = Scenes("val", count=500, objects="few")
+    tables = []
+    for name in ("horse", "deer", "fire engine", "steamer"):
+        wanted = [CLASS_NAMES.index(name)]
+        scene = next(s for s in scenes if [o.class_id for o in s.objects] == wanted)
+        tables.append(gradient_variance(net, net.preprocess(scene.image), wanted))
+    axes = [axis for axis in made["3.3"].axes if axis.lines]
+    assert [axis.get_ylabel() for axis in axes] == ["variance", "variance / mean square"] * 2
+    kinds = [(m, w) for m in ("gradcam", "gradcam_pp") for w in ("variance", "relative")]
+    for axis, (method, what) in zip(axes, kinds):
+        assert [line.get_label() for line in axis.lines] == [f"stage {n}" for n in range(1, 6)]
+        for stage, line in enumerate(axis.lines, start=1):
+            rows = [t[(t["method"] == method) & (t["stage"] == stage)] for t in tables]
+            means = pd.concat([row.set_index("channel")[what] for row in rows], axis=1)
+            wanted = np.sort(means.mean(axis=1).dropna())[::-1]  # without dead channels
+            np.testing.assert_allclose(line.get_ydata(), wanted, rtol=1e-5)
+
+
+def test_lines_of_figure_3_3_differ_without_color(made):
+    axis = next(axis for axis in made["3.3"].axes if axis.lines)
+    assert len({line.get_marker() for line in axis.lines}) == 5
+
+
+def test_boxes_of_figure_3_6_are_those_of_the_deep_map(made):
+    net = load_network("scenes_conv")
+    wanted = [CLASS_NAMES.index("horse")]
+    scenes = Scenes("val", count=500, objects="few")
+    scene = next(s for s in scenes if [o.class_id for o in s.objects] == wanted)
+    images = net.preprocess(scene.image)
+    map = stage_maps(net, images, wanted, ("gradcam",), stages=[5])["gradcam"][0][0]
+    iou = box_iou(map_to_box(map, size=(112, 112)), scene.objects[0].box)
+    assert next(text for text in _texts(made["3.6"]) if "IoU" in text) == f"IoU {iou:.2f}"
+
+
+def test_boxes_differ_without_color(made):
+    colored = [each for each in made["3.6"].axes[0].patches if max(each.get_edgecolor()[:3]) > 0]
+    styles = {each.get_edgecolor(): str(each.get_linestyle()) for each in colored}
+    assert len(styles) == len(set(styles.values())) == 2
+
+
+def test_photographs_of_any_shape_can_be_drawn(net, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (60, 200, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    figure = make_figure("3.2", network=net, pictures=[tmp_path / "wide.png", picture])
+    assert "wide.png, picture" in figure.facts
+
+
+def test_a_folder_explains_the_class_it_names(net, tmp_path):
+    for name in ("taxi", "unheard of"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(Scenes("val")[1].image).save(tmp_path / name / f"{name}.png")
+    figure = make_figure("3.5", network=net, pictures=load_folder(tmp_path))
+    top = CLASS_NAMES[int(net(net.preprocess(Scenes("val")[1].image)).argmax())]
+    labels = [text for text in _texts(figure) if text in CLASS_NAMES]
+    assert labels == ["taxi", top]
+
+
+def test_examples_bring_their_own_boxes():
+    scene = Scenes("val", objects="few")[0]
+    example = Example(scene.image, boxes=(scene.objects[0].box,))
+    figure = make_figure("3.6", pictures=[example])
+    assert sum("IoU" in text for text in _texts(figure)) == 3
+
+
+def test_seed_draws_other_scenes():
+    assert make_figure("1.2", seed=1).facts != make_figure("1.2").facts
+
+
+def test_figures_leave_the_network_alone(net):
+    before = {name: value.clone() for name, value in net.model.state_dict().items()}
+    make_figure("3.3", network=net)
+    assert all(torch.equal(before[name], v) for name, v in net.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.model.parameters())
+
+
+PICTURE = np.full((64, 64, 3), 128, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "message"),
+    [
+        ("9.9", {}, r"expected a figure in \{1\.1, .*\}, got '9\.9'"),
+        ("3.1", {"pictures": []}, "expected at least one picture, got none"),
+        ("1.1", {"pictures": [PICTURE]}, "expected generated scenes for figure 1.1"),
+        ("1.3", {"pictures": [PICTURE]}, "expected pictures with a mask .* figure 1.3"),
+        ("3.6", {"pictures": [PICTURE]}, "expected pictures with true boxes for figure 3.6"),
+        ("2.1", {"network": "scenes_fc"}, "expected a network that ends in a global average"),
+        ("3.1", {"network": "nothing"}, "expected the name of a network, got 'nothing'"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(number, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_figure(number, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_without_generated_classes_needs_pictures(tiny):
+    net = staged(tiny, image_size=32)
+    with pytest.raises(ValueError, match="expected `pictures` for Tiny, got none"):
+        make_figure("3.1", network=net)
+
+
+def test_too_few_stages_are_named(tiny):
+    net = staged(tiny.float(), image_size=32)
+    with pytest.raises(ValueError, match="expected a network of at least 4 stages .* Tiny with 3"):
+        make_figure("3.2", network=net, pictures=[PICTURE])
