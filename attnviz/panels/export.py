@@ -15,8 +15,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import anywidget
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 __all__ = ["Panel", "save_page", "source", "style"]
@@ -74,12 +72,9 @@ def style() -> str:
 class Panel(anywidget.AnyWidget):
     """A panel: draws itself in the browser, leaves a picture in the notebook, saves as a page.
 
-    A subclass sets ``_esm`` and ``_css``, declares its traits and draws :meth:`picture`.
+    A subclass sets ``_esm`` and ``_css``, declares its traits and has a method ``picture`` that
+    returns the pixels which stand for it where no widget can be drawn.
     """
-
-    def picture(self) -> UInt8[np.ndarray, "h w 3"]:
-        """Returns the picture that stands for the panel where no widget can be drawn."""
-        raise NotImplementedError
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:
         """Saves the panel in its current state as one page that needs no kernel and no network.
