@@ -77,6 +77,12 @@ def _prepare(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
 
 
+def _device(options: argparse.Namespace) -> str:
+    if options.device != "auto":
+        return options.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _command_line() -> argparse.ArgumentParser:
     parser = _Parser(prog="attnviz", description=sys.modules["attnviz"].__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"attnviz {__version__}")
@@ -203,10 +209,9 @@ def _map(options: argparse.Namespace) -> dict[str, object]:
         raise ValueError(f"expected --threshold in [0, 1), got {options.threshold}")
     pictures = [read_image(path) for path in options.images]
     check_writable(options.out)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = load_network(options.network, options.weights, data=options.data_root, device=device)
+    net = load_network(
+        options.network, options.weights, data=options.data_root, device=_device(options)
+    )
     stages = net.check_stages(_stage_numbers(options.stages))
     class_id = None if options.class_id == "auto" else net.class_id(options.class_id)
     results = []
@@ -488,22 +493,23 @@ def _table(options: argparse.Namespace) -> dict[str, object]:
     from .tables import make_table, table_names
 
     if options.list:
-        for number, title in table_names():
-            _say(f"{number:5} {title}")
-        return {"tables": [{"id": number, "title": title} for number, title in table_names()]}
+        return {"tables": _listed(table_names())}
     if options.id is None:
         raise ValueError("expected the ID of a table, got none; see attnviz table --list")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     table = make_table(
         options.id, data=options.data, network=options.network, weights=options.weights,
         data_root=options.data_root, limit=options.limit, seed=options.seed,
         preset=options.preset, gradient_at=options.gradient_at, methods=options.methods,
-        device=device, cache=options.cache,
+        device=_device(options), cache=options.cache,
     )  # fmt: skip
     _say(str(table))
     return table.to_json()
+
+
+def _listed(entries: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    for number, title in entries:
+        _say(f"{number:5} {title}")
+    return [{"id": number, "title": title} for number, title in entries]
 
 
 def _add_figure(commands: argparse._SubParsersAction) -> None:
@@ -520,9 +526,7 @@ def _figure(options: argparse.Namespace) -> dict[str, object]:
     from .figures import figure_names, make_figure
 
     if options.list:
-        for number, title in figure_names():
-            _say(f"{number:5} {title}")
-        return {"figures": [{"id": number, "title": title} for number, title in figure_names()]}
+        return {"figures": _listed(figure_names())}
     if options.id is None or options.out is None:
         raise ValueError("expected the ID of a figure and --out, see attnviz figure --list")
     if options.out.suffix not in (".pdf", ".svg", ".png"):
