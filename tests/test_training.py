@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-import attnviz.training as training
+import attnviz.training.classifier as training
 from attnviz.data.scenes import Scenes
 from attnviz.metrics import mean_average_precision
 from attnviz.networks import bundled_folder, load_network

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from .cam import normalize, resize
-from .metrics import class_ranks
-from .stages import Staged
+from ..cam import normalize, resize
+from ..metrics import class_ranks
+from ..stages import Staged
 
 __all__ = ["Fill", "gradient_variance", "occlude", "occlusion_scores", "occlusion_table"]
 

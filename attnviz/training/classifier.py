@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
-from . import __version__
-from .data.scenes import Scenes
-from .metrics import average_precision
-from .networks import FiveStage
+from .. import __version__
+from ..data.scenes import Scenes
+from ..metrics import average_precision
+from ..networks import FiveStage
 
 __all__ = ["TrainConfig", "one_cycle", "train_classifier"]
 
