@@ -9,11 +9,10 @@ from matplotlib import rc_context
 from matplotlib.text import Text
 from PIL import Image
 
-from attnviz import figures
 from attnviz.data.folder import load_folder
 from attnviz.data.scenes import CLASS_NAMES, Scenes
 from attnviz.explain import stage_maps
-from attnviz.figures import Example, figure_names, make_figure, map_grid, stage_grid
+from attnviz.figures import Example, attention, figure_names, make_figure, map_grid, stage_grid
 from attnviz.localize import box_iou, map_to_box
 from attnviz.networks import load_network
 from attnviz.probes import gradient_variance
@@ -146,14 +145,14 @@ def test_shares_of_figure_1_3_are_those_of_the_region():
     region, mask = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
     region[:, 1:] = True
     mask[:, :2] = True
-    assert figures._shares(region, mask) == (0.5, pytest.approx(1 / 3))
+    assert attention._shares(region, mask) == (0.5, pytest.approx(1 / 3))
 
 
 def test_weights_of_figure_2_1_are_the_weights_of_the_linear_layer():
     net = load_network("scenes_conv")
     scene = Scenes("val", objects="few")[0]
     pieces = net.differentiable(net.preprocess(scene.image), [5])
-    class_id, weights = figures._linear_weights(net, pieces, 3)
+    class_id, weights = attention._linear_weights(net, pieces, 3)
     layer = net.model.classifier.weight[3, :, 0, 0]
     assert class_id == 3
     torch.testing.assert_close(weights, layer.detach(), atol=1e-5, rtol=1e-4)
@@ -164,7 +163,7 @@ def test_occlusion_finds_the_one_place_that_counts():
         def forward(self, images):
             return images[:, :1, :8, :8].mean((2, 3)).repeat(1, 2)
 
-    drop = figures._occlusion_drop(Corner(), torch.ones(1, 3, 112, 112), 1)
+    drop = attention._occlusion_drop(Corner(), torch.ones(1, 3, 112, 112), 1)
     assert drop.shape == (14, 14)
     assert drop.argmax() == 0
     assert drop[3:, 3:].max() == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"data", "panels", "probes", "training"}
+PACKAGES = {"data", "figures", "panels", "probes", "training"}
 LEVELS = [  # a module imports only from levels above it in this list
     {"cam", "localize", "metrics", "colors", "images", "graphs"},
     {"stages", "excitation", "perturb", "data"},
