@@ -9,6 +9,9 @@ Localization is counted first and scored after. Per image: :func:`class_ranks` a
 :func:`localization_scores`. Over a sweep of thresholds: :func:`sweep_ious` per image,
 :func:`sweep_counts`, which may be added up, then :func:`max_box_acc`. That threshold is chosen
 on the very images it is scored on; :func:`held_out_hits` chooses it on others.
+
+Regions are pixels counted: :func:`region_counts` and :func:`confusion_matrix` of parts of a data
+set add up.
 """
 
 import hashlib
@@ -19,7 +22,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Integer, Num
 from torch import Tensor
 
 __all__ = [
@@ -31,7 +34,9 @@ __all__ = [
     "box_ious",
     "centered_boxes",
     "choose_threshold",
+    "class_ious",
     "class_ranks",
+    "confusion_matrix",
     "held_out_hits",
     "image_ious",
     "localization_baselines",
@@ -40,6 +45,9 @@ __all__ = [
     "max_box_acc",
     "max_box_acc_v2",
     "mean_average_precision",
+    "mean_iou",
+    "recall_noise",
+    "region_counts",
     "split_half",
     "sweep_counts",
     "sweep_ious",
@@ -486,3 +494,111 @@ def localization_baselines(
     table = localization_scores(pd.DataFrame(hits), generator=generator).rename_axis("baseline")
     table.insert(0, "share", [1.0, float(shares[position])])
     return table
+
+
+# -------------------------------------------------------------------------- regions and pixels
+
+
+def region_counts(
+    maps: Float[Tensor, "b h w"],
+    masks: Bool[Tensor, "b h w"],
+    threshold: float = 0.5,
+    valid: Bool[Tensor, "b h w"] | None = None,
+) -> Int[Tensor, "b 3"]:
+    r"""Counts the pixels of what a map points at, :math:`P`, and of the object, :math:`G`.
+
+    Args:
+        maps: Attention maps, at least 0, as large as the masks.
+        masks: The object :math:`G`: all pixels of the map's class.
+        threshold: :math:`P` is where a map reaches this share of its maximum; nowhere in a map
+            that is zero.
+        valid: Pixels that count; all if None. Those that no one labeled should not.
+
+    Returns:
+        For each map the pixels of :math:`P \cap G`, :math:`P` and :math:`G`.
+    """
+    found = (maps >= threshold * maps.amax(dim=(1, 2), keepdim=True)) & (maps > 0)
+    valid = torch.ones_like(masks) if valid is None else valid
+    regions = (found & masks, found, masks)
+    return torch.stack([(region & valid).sum(dim=(1, 2)) for region in regions], dim=1)
+
+
+def recall_noise(
+    maps: Float[Tensor, "b h w"],
+    masks: Bool[Tensor, "b h w"],
+    threshold: float = 0.5,
+    valid: Bool[Tensor, "b h w"] | None = None,
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    r"""Returns how much of the object the map points at, and how much it points elsewhere.
+
+    .. math:: \mathrm{recall} = \frac{|P \cap G|}{|G|}, \qquad
+        \mathrm{noise} = \frac{|P \setminus G|}{|P|}
+
+    Average them with ``nanmean`` over all maps (thesis table 4.11) or over those of a class
+    (4.13), or divide sums of :func:`region_counts`, where large objects weigh more: all differ.
+
+    Args:
+        maps: See :func:`region_counts`, as for the others.
+        masks: The object :math:`G`.
+        threshold: The share of the maximum that bounds :math:`P`.
+        valid: Pixels that count.
+
+    Returns:
+        Recall, NaN without an object, and noise, NaN where the map is zero; both from 0 to 1.
+
+    References:
+        Thesis section 4.3.4.
+    """
+    shared, found, truth = region_counts(maps, masks, threshold, valid).double().unbind(-1)
+    return shared / truth, (found - shared) / found
+
+
+def confusion_matrix(
+    predictions: Integer[Tensor, "*b"],
+    targets: Integer[Tensor, "*b"],
+    class_count: int,
+    ignored: int = 255,
+) -> Int[Tensor, "k k"]:
+    """Counts the pixels of each true class (rows) that were given each class (columns).
+
+    Args:
+        predictions: The class of each pixel; any number where it does not count.
+        targets: The true class of each pixel.
+        class_count: Number of classes, the background included.
+        ignored: The true class of pixels that do not count.
+
+    Raises:
+        ValueError: A class lies outside 0 to `class_count` - 1.
+    """
+    counted = targets != ignored
+    for name, classes in (("predictions", predictions), ("targets", targets)):
+        wrong = classes[counted & ((classes < 0) | (classes >= class_count))]
+        if len(wrong):
+            raise ValueError(
+                f"expected classes from 0 to {class_count - 1} in `{name}`, got {int(wrong[0])}"
+            )
+    pairs = targets[counted].long() * class_count + predictions[counted].long()
+    return pairs.bincount(minlength=class_count**2).reshape(class_count, class_count)
+
+
+def class_ious(confusion: Int[Tensor, "k k"]) -> Float[Tensor, " k"]:
+    """Returns each class's intersection over union; NaN for one neither there nor predicted."""
+    counts = confusion.double()
+    shared = counts.diagonal()
+    return shared / (counts.sum(dim=0) + counts.sum(dim=1) - shared)
+
+
+def mean_iou(confusion: Int[Tensor, "k k"]) -> Float[Tensor, ""]:
+    r"""Mean intersection over union over the classes that occur.
+
+    .. math:: \mathrm{mIoU} = \frac{1}{N_{cl}} \sum_i
+        \frac{N_{ii}}{\sum_j N_{ij} + \sum_j N_{ji} - N_{ii}}
+
+    Args:
+        confusion: :func:`confusion_matrix` of the whole data set: the mean of the images' values
+            is another number.
+
+    References:
+        Thesis Eq. 3.12.
+    """
+    return class_ious(confusion).nanmean()

@@ -1,9 +1,13 @@
 """Named networks, ready to look into: torchvision's, timm's and the small bundled ones."""
 
 import hashlib
+import json
 import os
 import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal
@@ -15,7 +19,10 @@ from torch import Tensor, nn
 
 from .stages import Staged, staged
 
-__all__ = ["FiveStage", "bundled_folder", "data_root", "load_network", "network_names"]
+__all__ = [
+    "OAA_NETWORKS", "FiveStage", "OAANetwork", "bundled_folder", "data_root", "load_network",
+    "network_names", "oaa_network",
+]  # fmt: skip
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 _UNREADABLE = (  # what readers raise on damaged files
@@ -80,6 +87,203 @@ class FiveStage(nn.Module):
         return scores if self.head == "fc" else scores.mean(dim=(2, 3))
 
 
+class OAANetwork(nn.Module):
+    """A classification network that ends in one map per class, as chapter 4 trains it.
+
+    Its scores are the means of its class maps. ``backbone`` and ``head`` may be called one after
+    the other, with something in between. Made by :func:`oaa_network`.
+    """
+
+    name: str
+    """One of :data:`OAA_NETWORKS`."""
+    backbone: nn.Sequential
+    """The pretrained layers."""
+    head: nn.Sequential
+    """The new layers; the last is a 1x1 convolution with one channel per class."""
+    stride: int
+    """Pixels of the image per cell of a class map, in height and in width."""
+    mean: tuple[float, float, float]
+    """Mean of each color channel, for pixels in [0, 1], to take off."""
+    std: tuple[float, float, float]
+    """Standard deviation of each color channel to divide by."""
+    cuts: tuple[str, ...] | None
+    """The modules that end its stages; None where :func:`attnviz.staged` finds them."""
+    provenance: dict[str, str]
+    """Where the weights come from."""
+
+    def __init__(
+        self, name: str, backbone: nn.Sequential, class_count: int, ceil_mode: bool
+    ) -> None:
+        super().__init__()
+        self.name, self.class_count, self.ceil_mode = name, class_count, ceil_mode
+        self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self.stride, channels, depth, self.cuts = _OAA[name]
+        if name == "scenes":
+            self.mean, self.std = FiveStage.mean, FiveStage.std
+        # statistics of small batches would spoil those of the pretrained weights
+        self.frozen_norms = name != "scenes"
+        layers: list[nn.Module] = []
+        for _ in range(depth):
+            layers += [nn.Conv2d(channels, 512, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = 512
+        self.backbone = backbone
+        self.head = nn.Sequential(*layers, nn.Conv2d(channels, class_count, 1))
+        for layer in self.head[::2]:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        for norm in self._norms():
+            norm.requires_grad_(not self.frozen_norms)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the class scores ``(b, classes)`` of normalized images ``(b, 3, h, w)``."""
+        return self.class_maps(images).mean(dim=(2, 3))
+
+    def class_maps(self, images: Tensor) -> Tensor:
+        """Returns one map per class ``(b, classes, h, w)``, signed; its mean is the score."""
+        return self.head(self.backbone(images))
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the new layers."""
+        return list(self.head.parameters())
+
+    def old_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the pretrained layers, without those that stay as they are."""
+        return [p for p in self.backbone.parameters() if p.requires_grad]
+
+    def train(self, mode: bool = True) -> "OAANetwork":
+        """Sets the training mode; normalization in pretrained layers stays in eval mode."""
+        super().train(mode)
+        if self.frozen_norms:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def metadata(self, class_names: Sequence[str] | None = None) -> dict[str, str]:
+        """What a safetensors file of its weights must say for :func:`load_network` to open it."""
+        facts = {"kind": "oaa", "network": self.name, "class_count": str(self.class_count)}
+        facts["ceil_mode"] = str(self.ceil_mode)
+        return facts | ({} if class_names is None else {"class_names": json.dumps(class_names)})
+
+    def _norms(self) -> Iterable[nn.BatchNorm2d]:
+        return (m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+_LAYERS = ("layer1", "layer2", "layer3", "layer4")
+_FIVE = ("stage1", "stage2", "stage3", "stage4", "stage5")
+_OAA = {  # stride, channels of the backbone, 3x3 convolutions of the head, stages
+    "scenes": (8, 96, 0, tuple(f"backbone.{stage}" for stage in _FIVE)),
+    "vgg16": (8, 512, 3, tuple(f"backbone.{relu}" for relu in (3, 8, 15, 22, 29))),
+    "resnet50": (8, 2048, 3, tuple(f"backbone.{m}" for m in ("relu", *_LAYERS))),
+    "resnet101": (8, 2048, 3, tuple(f"backbone.{m}" for m in ("relu", *_LAYERS))),
+    "squeezenet1_1": (8, 512, 0, None),
+    "mobilenet_v2": (16, 1280, 0, None),
+}
+
+OAA_NETWORKS = tuple(_OAA)
+"""The networks that :func:`oaa_network` makes."""
+
+
+def oaa_network(
+    name: str,
+    class_count: int,
+    weights: Literal["auto", "random"] | str | Path = "auto",
+    *,
+    ceil_mode: bool = False,
+    data: str | Path | None = None,
+) -> OAANetwork:
+    """Makes a network for chapter 4: pretrained layers with fine maps and a new head.
+
+    ``vgg16`` is the thesis': its fourth pooling is 3x3 with stride 1, its fifth is left out, the
+    last three convolutions are dilated by 2; three 3x3 convolutions with 512 channels and ReLU
+    and one 1x1 convolution follow. ``resnet50`` and ``resnet101`` have this head as well and are
+    dilated to the same stride 8. ``squeezenet1_1`` (stride 8) and ``mobilenet_v2`` (stride 16),
+    for processors without a GPU, and ``scenes``, :class:`FiveStage` for the generated pictures,
+    end in the 1x1 convolution alone. The new layers start at N(0, 0.01), biases at 0.
+
+    Args:
+        name: One of :data:`OAA_NETWORKS`.
+        class_count: Number of classes.
+        weights: ``auto`` finds ImageNet weights as :func:`load_network` does; ``scenes`` has
+            none and starts ``random``. A path is the plain network's file, of which the last
+            layer is left out, or that of a trained :class:`OAANetwork`, taken whole.
+        ceil_mode: Round the sizes after VGG16's poolings up, as Caffe does: an image of width
+            300 then gives 38 columns, not 37.
+        data: The data root; see :func:`data_root`.
+
+    Raises:
+        ValueError: The name is wrong, or a file does not fit the network.
+        FileNotFoundError: No weights were found; names every place searched.
+    """
+    if name not in OAA_NETWORKS:
+        raise ValueError(f"expected `name` in {OAA_NETWORKS}, got {name!r}; choose one of these")
+    if ceil_mode and name != "vgg16":
+        raise ValueError(f"expected `ceil_mode` with 'vgg16' only, got it with {name!r}")
+    if weights == "auto":
+        weights = "random" if name == "scenes" else _official_weights(name, data_root(data))
+    options = {"replace_stride_with_dilation": (False, True, True)} if "resnet" in name else {}
+    with torch.device("meta"):  # VGG16's classifier alone takes seconds to draw
+        scenes = name == "scenes"
+        plain = FiveStage(1, "conv") if scenes else _models().get_model(name, **options)
+    setattr(plain, "fc" if "resnet" in name else "classifier", nn.Identity())
+    _draw(plain.to_empty(device="cpu"))
+    trained = _metadata(weights).get("kind") == "oaa"
+    provenance = {"weights": "random"}
+    if weights != "random":
+        state, provenance = _read_state(Path(weights))
+        if not trained:
+            state = {k: v for k, v in state.items() if not k.startswith(("classifier.", "fc."))}
+            _load_state(plain, state, provenance["weights"], name)
+    model = OAANetwork(name, _oaa_backbone(name, plain, ceil_mode), class_count, ceil_mode)
+    if trained:
+        _load_state(model, state, provenance["weights"], f"{name} with {class_count} classes")
+    model.provenance = provenance
+    return model
+
+
+def _oaa_backbone(name: str, plain: nn.Module, ceil_mode: bool) -> nn.Sequential:
+    if name == "scenes":
+        children = [(stage, getattr(plain, stage)) for stage in _FIVE]
+        pools = [(f"pool{k}", nn.MaxPool2d(2)) for k in (1, 2, 3)]
+        order = [*(pair for k in range(3) for pair in (children[k], pools[k])), *children[3:]]
+        return nn.Sequential(OrderedDict(order))
+    if "resnet" in name:
+        children = [(n, m) for n, m in plain.named_children() if n not in ("avgpool", "fc")]
+        return nn.Sequential(OrderedDict(children))
+    layers = plain.features
+    if name == "vgg16":
+        layers = layers[:30]
+        for pool in (4, 9, 16):
+            layers[pool].ceil_mode = ceil_mode
+        layers[23] = nn.MaxPool2d(3, stride=1, padding=1)
+        _dilate(layers[24:])
+    elif name == "squeezenet1_1":
+        layers[8] = nn.MaxPool2d(3, stride=1, padding=1)
+        _dilate(layers[9:])
+    else:
+        for layer in layers[14].modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.stride = (1, 1)
+        _dilate(layers[15:])
+    return layers
+
+
+def _dilate(layers: nn.Module) -> None:
+    # Without the stride before them, they see what they saw with it.
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            layer.dilation = layer.padding = (2, 2)
+
+
+def _draw(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
+
+
 def data_root(folder: str | Path | None = None) -> Path:
     """Returns the folder of data sets and weights: `folder`, ``$ATTNVIZ_DATA`` or ``data``."""
     return Path(folder or os.environ.get("ATTNVIZ_DATA") or "data")
@@ -110,10 +314,12 @@ def load_network(
 
     Args:
         name: A bundled network (``scenes_fc``, ``scenes_conv``), a torchvision model such as
-            ``resnet50`` or, with timm installed, a timm model.
+            ``resnet50`` or, with timm installed, a timm model. ``oaa``, or the name it was
+            trained under, with the file of a trained :class:`OAANetwork`.
         weights: ``auto`` looks in the data root's ``weights`` folder, then in torch's cache, then
-            downloads torchvision's (or timm's) weights. A path loads that file; a hash in its
-            name is verified. ``random`` leaves the network untrained.
+            downloads torchvision's (or timm's) weights. A path loads that file, also one for
+            another number of classes, whose names are not known then; a hash in its name is
+            verified. ``random`` leaves the network untrained.
         data: The data root; see :func:`data_root`.
         device: Where the network is put.
 
@@ -125,7 +331,9 @@ def load_network(
         FileNotFoundError: No weights were found; names every place searched.
     """
     bundled = bundled_folder() / "networks" / f"{name}.safetensors"
-    if bundled.is_file():
+    if _metadata(weights).get("kind") == "oaa":
+        net = _load_oaa(name, weights)
+    elif bundled.is_file():
         net = _load_bundled(name, bundled if weights == "auto" else weights)
     elif name in _torchvision_names():
         net = _load_torchvision(name, weights, data_root(data))
@@ -163,6 +371,23 @@ def _load_bundled(name: str, weights: str | Path) -> Staged:
     )  # fmt: skip
 
 
+def _load_oaa(name: str, weights: str | Path) -> Staged:
+    own = _metadata(weights)
+    network = own["network"]
+    if name not in ("oaa", network):
+        raise ValueError(
+            f"expected `name` 'oaa' or {network!r} for {Path(weights).name}, got {name!r}"
+        )
+    ceil_mode = own["ceil_mode"] == "True"
+    model = oaa_network(network, int(own["class_count"]), weights, ceil_mode=ceil_mode).eval()
+    names = json.loads(own["class_names"]) if "class_names" in own else None
+    size = (112, 112) if network == "scenes" else 224
+    return staged(
+        model, model.cuts, name=network, mean=model.mean, std=model.std, image_size=size,
+        class_names=names, multilabel=True, provenance=model.provenance,
+    )  # fmt: skip
+
+
 def _metadata(file: str | Path) -> dict[str, str]:
     # What a trained network's file says about itself; empty if it says nothing.
     if Path(file).suffix != ".safetensors":
@@ -185,18 +410,25 @@ def _load_torchvision(name: str, weights: str | Path, root: Path) -> Staged:
     extra = {"transform_input": True} if name in ("googlenet", "inception_v3") else {}
     if extra:
         extra["init_weights"] = False
-    model = _models().get_model(name, weights=None, **extra).eval()
     if weights == "auto":
-        urls = [entry.url, *(other.url for other in official if other is not entry)]
-        weights = _find_weights(name, root, [Path(url).name for url in urls], entry.url)
-    provenance = _fill(model, weights, name)
+        weights = _official_weights(name, root)
+    names = tuple(entry.meta["categories"])
+    make = partial(_models().get_model, name, weights=None, **extra)
+    model, provenance, count = _filled(make, weights, name)
     entry = next((e for e in official if Path(e.url).name == provenance["weights"]), entry)
     transform = entry.transforms()
     return staged(
         model, name=name, mean=tuple(transform.mean), std=tuple(transform.std),
-        image_size=transform.crop_size[0], class_names=tuple(entry.meta["categories"]),
+        image_size=transform.crop_size[0], class_names=names if count == len(names) else None,
         provenance=provenance,
     )  # fmt: skip
+
+
+def _official_weights(name: str, root: Path) -> Path:
+    best = _models().get_model_weights(name).DEFAULT
+    others = [entry.url for entry in _models().get_model_weights(name) if entry is not best]
+    files = [Path(url).name for url in (best.url, *others)]
+    return _find_weights(name, root, files, best.url)
 
 
 def _load_timm(name: str, weights: str | Path, root: Path) -> Staged:
@@ -208,17 +440,18 @@ def _load_timm(name: str, weights: str | Path, root: Path) -> Staged:
     if not timm.is_model(name):
         raise _unknown(name, [*network_names(), *timm.list_models()], "")
     try:
-        model = timm.create_model(name, pretrained=False).eval()
         if weights == "auto":
             weights = _find_weights(name, root, [], None)
-            if weights is None:
-                model = timm.create_model(name, pretrained=True).eval()
+        if weights is None:
+            model = timm.create_model(name, pretrained=True).eval()
+            provenance = {"weights": "timm"}
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"expected weights of {name}, found none in {str(root / 'weights')!r}, and timm could "
             f"not fetch them ({_first_line(error)}); put a file there or pass `weights`"
         ) from error
-    provenance = {"weights": "timm"} if weights is None else _fill(model, weights, name)
+    if weights is not None:
+        model, provenance, _ = _filled(partial(timm.create_model, name), weights, name)
     config = timm.data.resolve_data_config({}, model=model)
     names = timm.data.ImageNetInfo().label_descriptions() if model.num_classes == 1000 else None
     return staged(
@@ -261,14 +494,35 @@ def _find_weights(name: str, root: Path, files: list[str], url: str | None) -> P
     return cache / files[0]
 
 
+def _filled(
+    make: Callable[..., nn.Module], weights: str | Path, name: str
+) -> tuple[nn.Module, dict[str, str], int]:
+    # The network with its weights, what they are, and the number of classes, which they decide.
+    model = make().eval()
+    last, bias = list(model.state_dict().items())[-1]  # of the classifier
+    if weights == "random":
+        return model, {"weights": "random"}, len(bias)
+    state, provenance = _read_state(Path(weights))
+    own = state.get(last)
+    if isinstance(own, Tensor) and own.ndim == 1 and len(own) != len(bias):
+        model, bias = make(num_classes=len(own)).eval(), own
+    _load_state(model, state, provenance["weights"], name)
+    return model, provenance, len(bias)
+
+
 def _fill(model: nn.Module, weights: str | Path, name: str) -> dict[str, str]:
     # Loads the weights into the model and says what they are.
     if weights == "random":
         return {"weights": "random"}
-    path = Path(weights)
+    state, provenance = _read_state(Path(weights))
+    _load_state(model, state, provenance["weights"], name)
+    return provenance
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected `weights` as 'auto', 'random' or a file, got {str(weights)!r}, "
+            f"expected `weights` as 'auto', 'random' or a file, got {str(path)!r}, "
             "which is not there"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -295,19 +549,22 @@ def _fill(model: nn.Module, weights: str | Path, name: str) -> dict[str, str]:
             f"expected a state dict in {path.name}, got {type(state).__name__}; "
             "save model.state_dict()"
         )
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state, {"weights": path.name, "sha256": digest}
+
+
+def _load_state(model: nn.Module, state: dict[str, Tensor], file: str, name: str) -> None:
     if type(model).__name__ == "DenseNet":  # torchvision's files use the names of torch 0.3
         state = {re.sub(r"(norm|relu|conv)\.([12])\.", r"\1\2.", k): v for k, v in state.items()}
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reasons = str(error).splitlines()
         reason = reasons[1].strip() if len(reasons) > 1 else reasons[0]
         raise ValueError(
-            f"expected weights that fit {name}, got {path.name} ({reason[:200]}); "
+            f"expected weights that fit {name}, got {file} ({reason[:200]}); "
             "is it another network's?"
         ) from error
-    return {"weights": path.name, "sha256": digest}
 
 
 def _first_line(error: Exception) -> str:

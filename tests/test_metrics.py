@@ -15,7 +15,9 @@ from attnviz.metrics import (
     box_ious,
     centered_boxes,
     choose_threshold,
+    class_ious,
     class_ranks,
+    confusion_matrix,
     held_out_hits,
     image_ious,
     localization_baselines,
@@ -24,6 +26,9 @@ from attnviz.metrics import (
     max_box_acc,
     max_box_acc_v2,
     mean_average_precision,
+    mean_iou,
+    recall_noise,
+    region_counts,
     split_half,
     sweep_counts,
     sweep_ious,
@@ -369,3 +374,97 @@ def test_bad_arguments_say_what_is_expected(untyped):
         held_out_hits(np.zeros((2, 3)), np.array([True, True]))
     with pytest.raises(ValueError, match="one image to score on, got none; use more images"):
         held_out_hits(np.zeros((2, 3)), np.array([False, False]))
+
+
+# -------------------------------------------------------------------------- regions and pixels
+
+
+def test_recall_and_noise_by_hand():
+    # the map points at 4 pixels, the object has 5, 3 are shared
+    maps = torch.tensor([[[1.0, 0.5, 0.5, 0.6], [0.4, 0.49, 0.0, 0.1]]])
+    masks = torch.tensor([[[1, 1, 1, 0], [1, 1, 0, 0]]]).bool()
+    assert region_counts(maps, masks).tolist() == [[3, 4, 5]]
+    recall, noise = recall_noise(maps, masks)
+    assert recall.tolist() == [pytest.approx(3 / 5)]
+    assert noise.tolist() == [pytest.approx(1 / 4)]
+    recall, noise = recall_noise(maps, masks, threshold=0.4)
+    assert recall.tolist() == [1.0]
+    assert noise.tolist() == [pytest.approx(1 / 6)]
+
+
+def test_recall_and_noise_do_not_depend_on_the_unit_of_the_map(generator):
+    maps = torch.rand(3, 5, 6, generator=generator)
+    masks = torch.rand(3, 5, 6, generator=generator) < 0.4
+    for unit in (2.0**-20, 2.0**20):
+        for a, b in zip(recall_noise(maps, masks), recall_noise(unit * maps, masks)):
+            assert torch.equal(a, b)
+
+
+def test_a_map_of_the_object_itself_is_perfect_and_one_of_the_rest_is_noise(generator):
+    masks = torch.rand(2, 5, 6, generator=generator) < 0.4
+    recall, noise = recall_noise(masks.float(), masks)
+    assert recall.tolist() == [1, 1]
+    assert noise.tolist() == [0, 0]
+    recall, noise = recall_noise((~masks).float(), masks)
+    assert recall.tolist() == [0, 0]
+    assert noise.tolist() == [1, 1]
+
+
+def test_zero_maps_and_missing_objects_have_no_share():
+    maps = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])
+    masks = torch.stack([torch.ones(2, 2), torch.zeros(2, 2)]).bool()
+    recall, noise = recall_noise(maps, masks)
+    assert recall[0] == 0
+    assert noise[0].isnan()
+    assert recall[1].isnan()
+    assert noise[1] == 1
+
+
+def test_pixels_that_do_not_count_change_nothing(generator):
+    maps = torch.rand(2, 4, 6, generator=generator)
+    masks = torch.rand(2, 4, 6, generator=generator) < 0.5
+    maps[:, :, 0] = 1.0  # the maximum stays inside
+    valid = torch.ones(2, 4, 6, dtype=torch.bool)
+    valid[:, :, 3:] = False
+    counts = region_counts(maps, masks, valid=valid)
+    assert torch.equal(counts, region_counts(maps[:, :, :3], masks[:, :, :3]))
+
+
+def test_confusion_counts_every_pixel_once(generator):
+    predictions = torch.randint(0, 4, (3, 5, 6), generator=generator)
+    targets = torch.randint(0, 4, (3, 5, 6), generator=generator)
+    targets[torch.rand(3, 5, 6, generator=generator) < 0.2] = 255
+    expected = [[0] * 4 for _ in range(4)]
+    for p, t in zip(predictions.flatten().tolist(), targets.flatten().tolist()):
+        if t != 255:
+            expected[t][p] += 1
+    confusion = confusion_matrix(predictions, targets.to(torch.uint8), 4)
+    assert confusion.tolist() == expected
+    parts = [confusion_matrix(predictions[i], targets[i], 4) for i in range(3)]
+    assert torch.equal(sum(parts), confusion)
+
+
+def test_mean_iou_by_hand():
+    # class 0: 2 of 2 + 1 + 1; class 1: 3 of 3 + 1 + 2; class 2: 0 of 1; class 3 is not there
+    confusion = torch.tensor([[2, 1, 0, 0], [1, 3, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    ious = class_ious(confusion)
+    assert ious[:3].tolist() == [pytest.approx(2 / 4), pytest.approx(3 / 6), 0]
+    assert ious[3].isnan()
+    assert mean_iou(confusion).item() == pytest.approx(1 / 3)
+
+
+def test_mean_iou_equals_scikit_learns_jaccard_score(generator):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    predictions = torch.randint(0, 5, (500,), generator=generator)
+    targets = torch.randint(0, 5, (500,), generator=generator)
+    confusion = confusion_matrix(predictions, targets, 5)
+    expected = sklearn.jaccard_score(targets, predictions, average="macro")
+    assert mean_iou(confusion).item() == pytest.approx(expected)
+
+
+def test_a_class_that_does_not_exist_is_refused():
+    zeros = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match="from 0 to 2 in `predictions`, got 3"):
+        confusion_matrix(torch.tensor([0, 3, 1]), zeros, 3)
+    with pytest.raises(ValueError, match="from 0 to 2 in `targets`, got -1"):
+        confusion_matrix(zeros, torch.tensor([0, -1, 255]), 3)

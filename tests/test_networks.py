@@ -92,6 +92,21 @@ def test_the_file_must_be_there_readable_and_fit(root, state, tmp_path):
         load_network("resnet18", tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "resnet10t"])
+def test_the_file_decides_the_number_of_classes(root, tmp_path, name):
+    if name == "resnet10t":
+        model = pytest.importorskip("timm").create_model(name, num_classes=20)
+    else:
+        model = models.get_model(name, weights=None, num_classes=20)
+    torch.save(model.state_dict(), tmp_path / "birds.pth")
+    net = load_network(name, tmp_path / "birds.pth")
+    assert net.class_names is None
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), model.eval()(images))
+    assert net(images).shape == (1, 20)
+
+
 class _Malicious:
     def __reduce__(self):
         return (print, ("executed",))
