@@ -363,9 +363,11 @@ def _voc(folder):
 def _coco(folder):
     _image(folder / "val2017" / "000000000001.jpg")
     table = {
-        "images": [{"id": 1, "file_name": "000000000001.jpg"}],
-        "categories": [{"id": 3}],
-        "annotations": [{"image_id": 1, "category_id": 3, "bbox": [1, 1, 5, 5]}],
+        "images": [{"id": 1, "file_name": "000000000001.jpg", "height": 24, "width": 32}],
+        "categories": [{"id": 3, "name": "car"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 3, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+        ],
     }
     (folder / "annotations").mkdir()
     (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(table))
@@ -374,7 +376,17 @@ def _coco(folder):
 
 def test_every_data_set_is_listed(tmp_path):
     rows = {row["name"]: row for row in list_data(tmp_path)}
-    assert {"scenes", "ilsvrc", "voc2012", "cub", "dagm2007", "context", "coco"} <= set(rows)
+    assert {
+        "scenes",
+        "defects",
+        "magnetic_tile",
+        "ilsvrc",
+        "voc2012",
+        "cub",
+        "dagm2007",
+        "context",
+        "coco",
+    } <= set(rows)
     assert rows["scenes"]["found"]
     assert not rows["cub"]["found"]
     assert rows["cub"]["bytes"] == 1_150_585_339
@@ -416,50 +428,82 @@ def test_voc_is_checked(tmp_path):
     mask.save(folder / "SegmentationClass" / "2007_1.png")
     Image.new("P", (3, 3)).save(folder / "SegmentationClass" / "2007_2.png")
     (folder / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_1\n2007_9\n")
-    assert check_data("voc2012", tmp_path, progress=False)["problems"] == [
+    Image.new("P", (3, 3)).save(folder / "SegmentationClass" / "2007_3.png")
+    (folder / "ImageSets" / "Segmentation" / "trainval.txt").write_text("2007_8\n")
+    problems = check_data("voc2012", tmp_path, progress=False)["problems"]
+    starts = [
         "pictures of train.txt that are not there: 2007_9",
-        "masks of train.txt that are not there: 2007_9",
-        "masks with labels other than 0 to 20 and 255: 2007_1.png",
-        "masks of another shape than their picture: 2007_2.png",
+        "lists without a picture that is there: trainval.txt",
+        "masks that cannot be used: SegmentationClass/2007_1.png (expected labels 0 to 20 or 255",
+        "masks of pictures that are not there: 2007_3.png",
     ]
+    for line, start in zip(problems, starts, strict=True):
+        assert line.startswith(start)
+    assert "SegmentationClass/2007_2.png (expected a mask of 24 x 32" in problems[2]
 
 
 def test_coco_is_checked(tmp_path):
     folder = tmp_path / "coco"
     table = _coco(folder)
     assert check_data("coco", tmp_path, progress=False)["ok"]
-    table["images"].append({"id": 2, "file_name": "2.jpg"})
+    first = table["annotations"][0]
+    table["images"].append(table["images"][0] | {"id": 2, "file_name": "2.jpg"})
     table["annotations"] += [
-        {"image_id": 9, "category_id": 3, "bbox": [1, 1, 5, 5]},
-        {"image_id": 1, "category_id": 4, "bbox": [1, 1, 5, 5]},
-        {"image_id": 1, "category_id": 3, "bbox": [1, 1, 0, 5]},
+        first | {"id": 2, "image_id": 9},
+        first | {"id": 3, "category_id": 4},
+        first | {"id": 4, "segmentation": {"size": [24, 32], "counts": "!"}},
     ]
     path = folder / "annotations" / "instances_val2017.json"
     path.write_text(json.dumps(table))
-    assert check_data("coco", tmp_path, progress=False)["problems"] == [
+    problems = check_data("coco", tmp_path, progress=False)["problems"]
+    assert problems[:3] == [
+        "objects of unknown pictures in instances_val2017.json: object 2",
+        "objects of unknown classes in instances_val2017.json: object 3",
         "pictures of instances_val2017.json that are not there: 2.jpg",
-        "objects of unknown pictures in instances_val2017.json: 9",
-        "objects of unknown classes in instances_val2017.json: 000000000001.jpg",
-        "boxes without area in instances_val2017.json: 000000000001.jpg",
     ]
+    assert problems[3].startswith("masks that cannot be used, left out: 000000000001 (expected")
     path.write_text("{")
     problems = check_data("coco", tmp_path, progress=False)["problems"]
     assert problems[0].startswith("annotations that cannot be read: instances_val2017.json")
 
 
-def test_dagm_and_context_are_checked(tmp_path):
+def test_dagm_is_checked(tmp_path):
     folder = tmp_path / "dagm2007" / "Class1" / "Train"
     _image(folder / "1.PNG")
     _image(folder / "Label" / "1_label.PNG")
     _image(folder / "Label" / "2_label.PNG")
     result = check_data("dagm2007", tmp_path, progress=False)
-    assert result["counts"] == {"images": 1, "classes": 1}
-    lost = "labels of pictures that are not there: Class1/Train/Label/2_label.PNG"
+    assert result["counts"] == {"images": 1, "classes": 1, "defects": 1}
+    lost = "masks of pictures that are not there: Class1/Train/Label/2_label.PNG"
     assert result["problems"] == [lost]
-    (tmp_path / "context").mkdir()
-    (tmp_path / "context" / "2008_1.mat").touch()
+
+
+def test_context_is_checked(tmp_path):
+    folder = tmp_path / "context"
+    (folder / "trainval").mkdir(parents=True)
+    (folder / "trainval" / "2008_1.mat").touch()
+    (folder / "labels.txt").write_text("1: accordion\n")
     result = check_data("context", tmp_path, progress=False)
-    assert result["problems"] == ["masks that cannot be read: 2008_1.mat"]
+    assert result["problems"][0].startswith(
+        "sets of labels that cannot be read: 459 (expected VOC"
+    )
+    _image(folder / "JPEGImages" / "2008_1.jpg")
+    result = check_data("context", tmp_path, progress=False)
+    assert result["problems"][0].startswith("masks that cannot be used, left out: 2008_1 (")
+    assert result["counts"] == {"masks": 1}
+
+
+def test_tiles_are_checked(tmp_path):
+    for kind in ("Blowhole", "Break", "Crack", "Fray", "Uneven", "Free"):
+        for suffix in ("jpg", "png"):
+            _image(tmp_path / "magnetic_tile" / f"MT_{kind}" / f"exp1_num_1.{suffix}")
+    result = check_data("magnetic_tile", tmp_path, progress=False)
+    assert result["counts"] == {"images": 6, "defects": 5}
+    assert result["ok"]
+    assert result["missing"] == ["images: 6 of 1,344"]
+    (tmp_path / "magnetic_tile" / "MT_Fray" / "exp1_num_1.png").write_bytes(b"no")
+    problems = check_data("magnetic_tile", tmp_path, progress=False)["problems"]
+    assert problems[0].startswith("masks that cannot be used, left out: MT_Fray/exp1_num_1 (")
 
 
 def test_unknown_and_missing_sets_are_said(tmp_path):
@@ -472,7 +516,9 @@ def test_unknown_and_missing_sets_are_said(tmp_path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("name", "images"), [("ilsvrc", 650), ("coco", None)])
+@pytest.mark.parametrize(
+    ("name", "images"), [("ilsvrc", 650), ("voc2012", 623), ("coco", None), ("magnetic_tile", 363)]
+)
 def test_genuine_sets_are_sound(real_data, name, images):
     result = check_data(name, real_data, progress=False)
     assert result["problems"] == []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from attnviz.data.draws import check_integer
 from attnviz.data.scenes import (
     CLASS_CONTEXTS,
     CLASS_NAMES,
@@ -15,7 +16,6 @@ from attnviz.data.scenes import (
     PART_NAMES,
     SHARED_PARTS,
     Scenes,
-    _check_integer,
     draw_scene,
 )
 
@@ -257,7 +257,7 @@ def test_bad_values_are_named(arguments, match):
 
 def test_a_wrong_kind_of_number_is_named():
     with pytest.raises(TypeError, match=r"expected `size` to be an integer, got float; give a"):
-        _check_integer("size", 112.0, 32)
+        check_integer("size", 112.0, 32)
 
 
 def test_an_index_beyond_the_count_is_named():

@@ -8,7 +8,6 @@ and then moved there, so that nothing half-finished ever has a final name.
 import errno
 import gzip
 import hashlib
-import json
 import lzma
 import os
 import posixpath
@@ -26,19 +25,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Literal
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from ..images import read_image
+from .coco import load_coco
+from .context import load_context
 from .cub import load_cub
+from .dagm import load_dagm
 from .folder import LabeledImages, Problems, list_pictures, read_lines
 from .imagenet import find_pictures, load_imagenet
+from .masks import MaskedImage, read_label_picture
+from .surface import load_magnetic_tile
+from .voc import VOC_CLASS_NAMES, load_voc
 
 __all__ = [
     "Archive", "DataSet", "check_data", "data_names", "download", "extract", "fetch_data",
@@ -235,46 +239,28 @@ def _count_voc(folder: Path) -> dict[str, int]:
 def _check_voc(folder: Path, problems: Problems, progress: bool) -> dict[str, int]:
     counts = _count_voc(folder)
     folder = _voc_folder(folder)
-    images = sorted((folder / "JPEGImages").glob("*.jpg"))
-    there = {path.stem for path in images}
-    lists = folder / "ImageSets" / "Segmentation"
-    for path in sorted(lists.glob("*.txt")):
-        names = [line.split()[0] for line in read_lines(path) if line.strip()]
-        # aug lists name their files: "/JPEGImages/2007_000032.jpg /SegmentationClassAug/..."
-        names = [Path(name).stem for name in names]
-        counts[path.stem] = len(names)
-        lost = [name for name in names if name not in there]
-        problems.add_all(f"pictures of {path.name} that are not there", lost)
-        bare = [name for name in names if not any(_mask(folder, name))]
-        if path.stem != "test":  # whose masks are not published
-            problems.add_all(f"masks of {path.name} that are not there", bare)
+    for path in sorted((folder / "ImageSets" / "Segmentation").glob("*.txt")):
+        counts[path.stem] = sum(1 for line in read_lines(path) if line.strip())
+        try:
+            problems.keep(load_voc(folder, path.stem).problems)
+        except FileNotFoundError:
+            problems.add("lists without a picture that is there", path.name)
     if not counts.keys() & {"train", "val"}:
         problems.add("lists that are not there", "ImageSets/Segmentation/train.txt, val.txt")
-    masks = [mask for name in sorted(there) for mask in _mask(folder, name)]
+    images = {path.stem: path for path in sorted((folder / "JPEGImages").glob("*.jpg"))}
+    masks = [mask for place in _voc_masks(folder) for mask in sorted(place.glob("*.png"))]
     for mask in tqdm(masks, "masks", unit="mask", disable=not progress):
-        _check_voc_mask(mask, folder, problems)
-    _check_pictures(images, problems, progress)
+        if mask.stem not in images:
+            problems.add("masks of pictures that are not there", mask.name)
+            continue
+        source = partial(read_label_picture, mask)
+        item = MaskedImage(mask.stem, images[mask.stem], (), len(VOC_CLASS_NAMES), source)
+        try:
+            item.read_mask()
+        except (ValueError, OSError) as error:
+            problems.add("masks that cannot be used", f"{mask.parent.name}/{mask.name} ({error})")
+    _check_pictures(images.values(), problems, progress)
     return counts
-
-
-def _mask(folder: Path, name: str) -> list[Path]:
-    paths = (place / f"{name}.png" for place in _voc_masks(folder))
-    return [path for path in paths if path.is_file()]
-
-
-def _check_voc_mask(mask: Path, folder: Path, problems: Problems) -> None:
-    try:
-        with Image.open(mask) as opened:
-            labels = np.asarray(opened)
-        with Image.open(folder / "JPEGImages" / f"{mask.stem}.jpg") as opened:
-            size = (opened.height, opened.width)
-    except (OSError, SyntaxError):
-        problems.add("masks that cannot be read", mask.name)
-        return
-    if labels.shape != size:
-        problems.add("masks of another shape than their picture", mask.name)
-    elif ((labels > 20) & (labels != 255)).any():
-        problems.add("masks with labels other than 0 to 20 and 255", mask.name)
 
 
 def _count_coco(folder: Path) -> dict[str, int]:
@@ -293,34 +279,14 @@ def _check_coco(folder: Path, problems: Problems, progress: bool) -> dict[str, i
             if split == "val" or images.is_dir():  # the archive of annotations covers train, too
                 problems.add("parts that are not there", str(lost))
         if images.is_dir() and path.is_file():
-            counts[f"{split} objects"] = _check_instances(path, images, problems)
-        if images.is_dir():
-            _check_pictures(sorted(images.glob("*.jpg")), problems, progress)
+            try:
+                data = load_coco(folder, split)
+            except (ValueError, FileNotFoundError) as error:
+                problems.add("annotations that cannot be read", f"{path.name} ({error})")
+            else:
+                counts[f"{split} with objects"] = sum(bool(item.class_ids) for item in data)
+                problems.keep(data.checked(progress=progress).problems)
     return counts
-
-
-def _check_instances(path: Path, images: Path, problems: Problems) -> int:
-    try:
-        table = json.loads(path.read_bytes())
-        files = {row["id"]: row["file_name"] for row in table["images"]}
-        classes = {row["id"] for row in table["categories"]}
-        objects = [
-            (row["image_id"], row["category_id"], row["bbox"]) for row in table["annotations"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        problems.add("annotations that cannot be read", f"{path.name} ({error})")
-        return 0
-    there = {name.name for name in images.iterdir()}
-    lost = sorted(name for name in files.values() if name not in there)
-    problems.add_all(f"pictures of {path.name} that are not there", lost)
-    for image_id, class_id, box in objects:
-        if image_id not in files:
-            problems.add(f"objects of unknown pictures in {path.name}", str(image_id))
-        elif class_id not in classes:
-            problems.add(f"objects of unknown classes in {path.name}", files[image_id])
-        elif len(box) != 4 or min(box[2:]) <= 0:
-            problems.add(f"boxes without area in {path.name}", files[image_id])
-    return len(objects)
 
 
 def _dagm_images(folder: Path) -> list[Path]:
@@ -338,14 +304,20 @@ def _count_dagm(folder: Path) -> dict[str, int]:
 
 
 def _check_dagm(folder: Path, problems: Problems, progress: bool) -> dict[str, int]:
-    # Class1/Train/0576.PNG with Class1/Train/Label/0576_label.PNG
-    images = _dagm_images(folder)
-    there = {(path.parent, path.stem) for path in images}
-    for path in sorted(folder.glob("Class*/*/Label/*_label.*")):
-        if (path.parent.parent, path.stem.removesuffix("_label")) not in there:
-            problems.add("labels of pictures that are not there", str(path.relative_to(folder)))
-    _check_pictures(images, problems, progress)
-    return _count_dagm(folder)
+    data = load_dagm(folder, "all").checked(progress=progress)
+    problems.keep(data.problems)
+    defects = sum(bool(item.class_ids) for item in data)
+    return _count_dagm(folder) | {"images": len(data), "defects": defects}
+
+
+def _count_tiles(folder: Path) -> dict[str, int]:
+    return {"images": sum(n.lower().endswith(".jpg") for n in list_pictures(folder))}
+
+
+def _check_tiles(folder: Path, problems: Problems, progress: bool) -> dict[str, int]:
+    data = load_magnetic_tile(folder).checked(progress=progress)
+    problems.keep(data.problems)
+    return {"images": len(data), "defects": sum(bool(item.class_ids) for item in data)}
 
 
 def _count_context(folder: Path) -> dict[str, int]:
@@ -353,11 +325,16 @@ def _count_context(folder: Path) -> dict[str, int]:
 
 
 def _check_context(folder: Path, problems: Problems, progress: bool) -> dict[str, int]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".mat", ".png") and path.stat().st_size == 0:
-            problems.add("masks that cannot be read", path.name)
-    masks = [path for path in sorted(folder.rglob("*.png")) if path.stat().st_size]
-    _check_pictures(masks, problems, progress)
+    whole = (folder / "trainval").is_dir()
+    for labels in (33, 59, 459):
+        drawn = (folder / f"{labels}_context_labels").is_dir()
+        if drawn or (whole and labels == 459):
+            try:
+                data = load_context(folder, labels=labels)
+            except (ValueError, FileNotFoundError) as error:
+                problems.add("sets of labels that cannot be read", f"{labels} ({error})")
+            else:
+                problems.keep(data.checked(pictures=False, progress=progress).problems)
     return _count_context(folder)
 
 
@@ -778,10 +755,17 @@ _SETS: dict[str, DataSet] = {
             {"images": 16_100, "classes": 10}, _count_dagm, _check_dagm,
         ),
         DataSet(
+            "magnetic_tile", "Magnetic tiles, photographs of surface defects",
+            "see its page",
+            "get it from https://github.com/abin24/Magnetic-tile-defect-datasets. and put "
+            "MT_Blowhole to MT_Free into magnetic_tile/",
+            {"images": 1_344}, _count_tiles, _check_tiles,
+        ),
+        DataSet(
             "context", "PASCAL Context, 10,103 label maps",
             "see its page",
-            "get trainval.tar.gz from https://cs.stanford.edu/~roozbeh/pascal-context/ and unpack "
-            "it into context/",
+            "get trainval.tar.gz and labels.txt, or 59_context_labels.tar.gz and 59_labels.txt, "
+            "from https://cs.stanford.edu/~roozbeh/pascal-context/ and unpack into context/",
             {"masks": 10_103}, _count_context, _check_context,
         ),
         DataSet(

@@ -53,14 +53,12 @@ class LabeledImage:
 
     def read(self) -> Image.Image:
         """Reads the picture as 8-bit RGB; see :func:`attnviz.images.read_image`."""
-        image = read_image(self.path)
-        turn = None if self.upright else _UNTURN.get(_header(self.path)[1])
-        return image if turn is None else image.transpose(turn)
+        return read_image(self.path) if self.upright else read_stored(self.path)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the picture that ``read`` gives, from the file's header."""
-        return _read_size(self.path, self.upright)
+        return read_size(self.path, self.upright)
 
 
 class LabeledImages(Sequence[LabeledImage]):
@@ -220,6 +218,11 @@ def list_pictures(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def list_names(folder: Path) -> list[str]:
+    """Names of all that is in a folder, in no order; none where there is no folder."""
+    return [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+
+
 def read_lines(path: Path) -> list[str]:
     """Lines of a text file without their ends; a byte order mark is dropped."""
     try:
@@ -269,7 +272,7 @@ def fit_all(
             fitted.append(())
             continue
         try:
-            fitted.append(_fit(drawn, size, _read_size(folder / file, upright), file, problems))
+            fitted.append(_fit(drawn, size, read_size(folder / file, upright), file, problems))
         except ValueError:
             problems.add("pictures that cannot be read", file)
             fitted.append(None)
@@ -315,7 +318,15 @@ def _header(path: Path) -> tuple[tuple[int, int], int]:
         ) from error
 
 
-def _read_size(path: Path, upright: bool) -> tuple[int, int]:
+def read_stored(path: Path) -> Image.Image:
+    """Reads a picture as 8-bit RGB, its pixels where the file has them, whatever EXIF says."""
+    image = read_image(path)
+    turn = _UNTURN.get(_header(path)[1])
+    return image if turn is None else image.transpose(turn)
+
+
+def read_size(path: Path, upright: bool) -> tuple[int, int]:
+    """Height and width of a picture, from its header."""
     (width, height), orientation = _header(path)
     return (width, height) if upright and orientation >= 5 else (height, width)
 

@@ -12,7 +12,7 @@ fills them at twice the size, then halves by an integer mean of 2 x 2 pixels.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from .draws import Draws, check_choice, check_integer
 
 __all__ = [
     "CLASS_CONTEXTS",
@@ -137,30 +139,6 @@ class Scene:
     """The visible pixels of each context present, objects and clutter excluded."""
     image_id: str
     """Such as ``scenes-train-000012``: split and index, not seed, size or kind."""
-
-
-# Numbers
-
-
-class _Draws:
-    """Small integers from one seeded bit generator, whose raw stream numpy keeps stable."""
-
-    def __init__(self, *key: int) -> None:
-        self._values = self._stream(np.random.PCG64(np.random.SeedSequence(key)))
-
-    @staticmethod
-    def _stream(bits: np.random.PCG64) -> Iterator[int]:
-        while True:
-            yield from bits.random_raw(128).astype("<u8").view("<u2").tolist()
-
-    def below(self, n: int) -> int:
-        return next(self._values) * n >> 16
-
-    def between(self, low: int, high: int) -> int:
-        return low + (next(self._values) * (high - low + 1) >> 16)
-
-    def chance(self, percent: int) -> bool:
-        return next(self._values) * 100 >> 16 < percent
 
 
 # Shapes: polygons in model units
@@ -337,7 +315,7 @@ class _Pen:
 # The animals
 
 
-def _animal(own: str, draws: _Draws) -> _Shape:
+def _animal(own: str, draws: Draws) -> _Shape:
     pen = _Pen()
     stretch, lift, drop = draws.between(-30, 40), draws.between(-45, 30), draws.between(-25, 25)
     belly, nod = draws.between(-15, 25), draws.between(-7, 9)
@@ -482,7 +460,7 @@ def _antlers_front(pen: _Pen, own: str, head: Callable[[_Polygon], _Polygon]) ->
 # The vans
 
 
-def _van(own: str, draws: _Draws) -> _Shape:
+def _van(own: str, draws: Draws) -> _Shape:
     pen = _Pen()
     roof, nose = draws.between(-35, 25), draws.between(-30, 25)
     front, rear, wheel = draws.between(735, 775), draws.between(215, 255), draws.between(88, 102)
@@ -581,7 +559,7 @@ def _on_roof(pen: _Pen, own: str, top: int) -> None:
 # The ships
 
 
-def _ship(own: str, draws: _Draws) -> _Shape:
+def _ship(own: str, draws: Draws) -> _Shape:
     pen = _Pen()
     bow, stern, keel = draws.between(380, 425), draws.between(450, 480), draws.between(690, 735)
     house = draws.between(-20, 30)
@@ -689,7 +667,7 @@ _FAMILY_OF = tuple(family for family, names in FAMILIES.items() for _ in names)
 @cache
 def _object_shape(class_id: int, variant: int) -> _Shape:
     name = CLASS_NAMES[class_id]
-    return _BUILDERS[_FAMILY_OF[class_id]](CLASS_PARTS[name], _Draws(1, class_id, variant))
+    return _BUILDERS[_FAMILY_OF[class_id]](CLASS_PARTS[name], Draws(1, class_id, variant))
 
 
 # Contexts: a patch under or behind the object, in the object's model units; the patch's middle is
@@ -711,7 +689,7 @@ _CONTEXT_COLORS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 
 
-def _ground(draws: _Draws, height: int = 150) -> _Polygon:
+def _ground(draws: Draws, height: int = 150) -> _Polygon:
     """A flat blob 1360 wide round the middle."""
     points = []
     for k in range(14):
@@ -723,14 +701,14 @@ def _ground(draws: _Draws, height: int = 150) -> _Polygon:
     return _smooth(points, 3)
 
 
-def _spots(draws: _Draws, count: int, height: int = 110) -> list[_Point]:
+def _spots(draws: Draws, count: int, height: int = 110) -> list[_Point]:
     """Points spread over the ground: one per column, in random rows."""
     return [(500 + 1180 * (k + 0.5) / count - 590 + draws.between(-20, 20),
              draws.between(-height, height))
             for k in range(count)]
 
 
-def _snow(pen: _Pen, draws: _Draws) -> None:
+def _snow(pen: _Pen, draws: Draws) -> None:
     pen.fill(0, 1, _ground(draws, 150))
     pen.fill(0, 0, _moved(_ground(draws, 130), 0, -14))
     for x, y in _spots(draws, 7, 90):
@@ -738,7 +716,7 @@ def _snow(pen: _Pen, draws: _Draws) -> None:
         pen.fill(0, 1, _limb([(x - 60, y + 20), (x, y + 6), (x + 60, y + 24)], [4, 14, 4], 3))
 
 
-def _grass(pen: _Pen, draws: _Draws) -> None:
+def _grass(pen: _Pen, draws: Draws) -> None:
     pen.fill(0, 0, _ground(draws))
     for x, y in _spots(draws, 22, 125):
         for dx in (-22, 0, 22):
@@ -747,7 +725,7 @@ def _grass(pen: _Pen, draws: _Draws) -> None:
                                (x + dx + 9, y + 20)])
 
 
-def _rocks(pen: _Pen, draws: _Draws) -> None:
+def _rocks(pen: _Pen, draws: Draws) -> None:
     for x, y in sorted(_spots(draws, 11, 90), key=lambda p: p[1]):
         rx, ry = draws.between(80, 130), draws.between(50, 80)
         stone = [(x + rx * math.cos(a) * draws.between(80, 110) / 100,
@@ -759,7 +737,7 @@ def _rocks(pen: _Pen, draws: _Draws) -> None:
                         (x + rx * 0.3, y - ry * 0.5)])
 
 
-def _fence(pen: _Pen, draws: _Draws) -> None:
+def _fence(pen: _Pen, draws: Draws) -> None:
     for y in (-300, -170, -40):
         tilt = draws.between(-14, 14)
         pen.fill(0, 1, [(-180, y + 30), (1180, y + 30 + tilt), (1180, y + 58 + tilt),
@@ -771,13 +749,13 @@ def _fence(pen: _Pen, draws: _Draws) -> None:
         pen.fill(0, 2, [(x, 60), (x, -350), (x + 30, -386), (x + 54, -350), (x + 54, 60)])
 
 
-def _slab(draws: _Draws, height: int) -> _Polygon:
+def _slab(draws: Draws, height: int) -> _Polygon:
     lean = draws.between(40, 110)
     return [(-170 + lean, -height), (1170 - lean // 2, -height), (1170 + lean, height),
             (-170 - lean // 2, height)]
 
 
-def _crossing(pen: _Pen, draws: _Draws) -> None:
+def _crossing(pen: _Pen, draws: Draws) -> None:
     pen.fill(0, 0, _slab(draws, 140))
     for k in range(7):
         x, lean = -100 + 185 * k, draws.between(20, 26)
@@ -785,7 +763,7 @@ def _crossing(pen: _Pen, draws: _Draws) -> None:
                         (x - lean, 112)])
 
 
-def _road(pen: _Pen, draws: _Draws) -> None:
+def _road(pen: _Pen, draws: Draws) -> None:
     pen.fill(0, 0, _slab(draws, 140))
     pen.fill(0, 2, [(-140, -118), (1140, -118), (1144, -102), (-144, -102)],
              [(-170, 104), (1180, 104), (1180, 122), (-174, 122)])
@@ -795,7 +773,7 @@ def _road(pen: _Pen, draws: _Draws) -> None:
         pen.fill(0, 1, [(x, 28), (x + 120, 28), (x + 120, 56), (x - 4, 56)])
 
 
-def _beach(pen: _Pen, draws: _Draws) -> None:
+def _beach(pen: _Pen, draws: Draws) -> None:
     pen.fill(0, 1, _ground(draws, 150))
     pen.fill(0, 0, _moved(_ground(draws, 132), 0, -10))
     for x, y in _spots(draws, 20, 110):
@@ -805,7 +783,7 @@ def _beach(pen: _Pen, draws: _Draws) -> None:
                              [4, 12, 12, 4], 3))
 
 
-def _cobbles(pen: _Pen, draws: _Draws) -> None:
+def _cobbles(pen: _Pen, draws: Draws) -> None:
     pen.fill(0, 1, _slab(draws, 145))
     for row in range(4):
         y = -138 + 72 * row
@@ -815,7 +793,7 @@ def _cobbles(pen: _Pen, draws: _Draws) -> None:
             pen.fill(0, 0 if draws.chance(65) else 2, stone)
 
 
-def _water(pen: _Pen, draws: _Draws) -> None:
+def _water(pen: _Pen, draws: Draws) -> None:
     pen.fill(0, 0, _moved(_ground(draws, 170), 0, -40))
     for x, y in _spots(draws, 16, 130):
         role = 2 if draws.chance(50) else 1
@@ -824,7 +802,7 @@ def _water(pen: _Pen, draws: _Draws) -> None:
         pen.fill(0, role, _limb(wave, [5, 20, 20, 5], 3))
 
 
-def _ice(pen: _Pen, draws: _Draws) -> None:
+def _ice(pen: _Pen, draws: Draws) -> None:
     for x, y in sorted(_spots(draws, 9, 120), key=lambda p: p[1]):
         r = draws.between(110, 150)
         floe = [(x + r * math.cos(a) * draws.between(80, 115) / 100,
@@ -835,7 +813,7 @@ def _ice(pen: _Pen, draws: _Draws) -> None:
         pen.fill(0, 2, [(x - r * 0.6, y - 34), (x, y - 52), (x + r * 0.5, y - 42), (x, y - 30)])
 
 
-def _jetty(pen: _Pen, draws: _Draws) -> None:
+def _jetty(pen: _Pen, draws: Draws) -> None:
     for k in range(6):
         x = -120 + 235 * k + draws.between(-12, 12)
         pen.fill(0, 1, _box(x, -190, x + 46, 150))
@@ -846,7 +824,7 @@ def _jetty(pen: _Pen, draws: _Draws) -> None:
         pen.fill(0, 0 if draws.chance(60) else 2, _box(x, -96, x + 104, -14))
 
 
-def _quay(pen: _Pen, draws: _Draws) -> None:
+def _quay(pen: _Pen, draws: Draws) -> None:
     pen.fill(0, 1, _box(-180, -170, 1180, 120))
     pen.fill(0, 2, _box(-196, -196, 1196, -152, 8))
     for row in range(3):
@@ -857,7 +835,7 @@ def _quay(pen: _Pen, draws: _Draws) -> None:
                      _box(max(x, -174), y, min(x + 158, 1174), y + 74))
 
 
-_CONTEXT_BUILDERS: tuple[Callable[[_Pen, _Draws], None], ...] = (
+_CONTEXT_BUILDERS: tuple[Callable[[_Pen, Draws], None], ...] = (
     _snow, _grass, _rocks, _fence, _crossing, _road, _beach, _cobbles, _water, _ice, _jetty, _quay
 )
 
@@ -865,14 +843,14 @@ _CONTEXT_BUILDERS: tuple[Callable[[_Pen, _Draws], None], ...] = (
 @cache
 def _context_shape(number: int, variant: int) -> _Shape:
     pen = _Pen()
-    _CONTEXT_BUILDERS[number](pen, _Draws(2, number, variant))
+    _CONTEXT_BUILDERS[number](pen, Draws(2, number, variant))
     return pen.shape()
 
 
 # Clutter: things without a class, in the object's color roles
 
 
-def _clutter(kind: int, draws: _Draws) -> _Shape:
+def _clutter(kind: int, draws: Draws) -> _Shape:
     pen = _Pen()
     if kind == 0:  # a tree
         pen.solid(0, _DARK, _limb([(500, 520), (500, 1000)], [70, 110], 1))
@@ -922,7 +900,7 @@ _CLUTTER_KINDS = 8
 
 @cache
 def _clutter_shape(kind: int, variant: int) -> _Shape:
-    return _clutter(kind, _Draws(3, kind, variant))
+    return _clutter(kind, Draws(3, kind, variant))
 
 
 # Colors and textures
@@ -951,14 +929,14 @@ def _luma(color: _Color) -> int:
     return (3 * color[0] + 6 * color[1] + color[2]) // 10
 
 
-def _paint(draws: _Draws) -> _Color:
+def _paint(draws: Draws) -> _Color:
     r, g, b = _PALETTE[draws.below(len(_PALETTE))]
     jitter = draws.between(-16, 16)
     r, g, b = r + jitter + draws.between(-10, 10), g + jitter, b + jitter + draws.between(-10, 10)
     return (min(max(r, 12), 248), min(max(g, 12), 248), min(max(b, 12), 248))
 
 
-def _colors(draws: _Draws) -> list[_Color]:
+def _colors(draws: Draws) -> list[_Color]:
     """One color per role."""
     body, second, part = _paint(draws), _paint(draws), _paint(draws)
     if abs(_luma(part) - _luma(body)) < 36:
@@ -1124,7 +1102,7 @@ def _matrix(
 
 
 def _place(
-    draws: _Draws, side: int, class_id: int, percent: int, others: Sequence[_Placed]
+    draws: Draws, side: int, class_id: int, percent: int, others: Sequence[_Placed]
 ) -> _Placed:
     """Tries places and shrinks until the object covers little of the others' boxes."""
     shape = _object_shape(class_id, draws.below(_VARIANTS))
@@ -1158,7 +1136,7 @@ def _shared(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
     return width * height if width > 0 and height > 0 else 0
 
 
-def _background(draws: _Draws, side: int) -> np.ndarray:
+def _background(draws: Draws, side: int) -> np.ndarray:
     canvas = np.empty((side, side, 3), np.uint8)
     horizon = side * draws.between(30, 65) // 100 if draws.chance(55) else side
     for start, stop in ((0, horizon), (horizon, side)):
@@ -1173,7 +1151,7 @@ def _background(draws: _Draws, side: int) -> np.ndarray:
 
 
 def _contexts(
-    draws: _Draws, side: int, placed: Sequence[_Placed]
+    draws: Draws, side: int, placed: Sequence[_Placed]
 ) -> list[tuple[int, int, tuple[int, int]]]:
     """(number, length, foot) of each context: mostly the object's own, sometimes another's."""
     contexts = []
@@ -1218,7 +1196,7 @@ def _class_orders(*key: int) -> tuple[tuple[int, ...], ...]:
 
     Each class comes once per object number and block, so that the classes are balanced.
     """
-    draws = _Draws(5, *key)
+    draws = Draws(5, *key)
     orders = []
     for _ in range(max(most for _, most in _COUNTS.values())):
         order = list(range(len(CLASS_NAMES)))
@@ -1234,7 +1212,7 @@ def _drawn(
 ) -> tuple[np.ndarray, np.ndarray | None, list[int]]:
     """The image, its label map, and the class of each object from back to front."""
     key = (seed, _SPLITS[split], int(objects == "few"))
-    draws = _Draws(0, *key, index)
+    draws = Draws(0, *key, index)
     orders = _class_orders(*key, index // len(CLASS_NAMES))
     side = 2 * size
     canvas = _background(draws, side)
@@ -1293,25 +1271,10 @@ def _drawn(
 
 
 def _check(split: object, seed: object, size: object, objects: object) -> None:
-    _check_choice("split", split, _SPLITS)
-    _check_integer("seed", seed, 0)
-    _check_integer("size", size, 32)
-    _check_choice("objects", objects, _COUNTS)
-
-
-def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    if value not in tuple(choices):
-        allowed = ", ".join(map(repr, choices))
-        raise ValueError(f"expected `{name}` in {{{allowed}}}, got {value!r}; choose one of them")
-
-
-def _check_integer(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(
-            f"expected `{name}` to be an integer, got {type(value).__name__}; give a whole number"
-        )
-    if value < low:
-        raise ValueError(f"expected `{name}` >= {low}, got {value}; give a larger number")
+    check_choice("split", split, _SPLITS)
+    check_integer("seed", seed, 0)
+    check_integer("size", size, 32)
+    check_choice("objects", objects, _COUNTS)
 
 
 def draw_scene(
@@ -1350,7 +1313,7 @@ def draw_scene(
         >>> scene.class_ids == tuple(sorted({item.class_id for item in scene.objects}))
         True
     """
-    _check_integer("index", index, 0)
+    check_integer("index", index, 0)
     _check(split, seed, size, objects)
     image, labels, class_ids = _drawn(int(index), split, int(seed), int(size), objects, masks)
     found, contexts = (), {}
@@ -1400,7 +1363,7 @@ class Scenes(Dataset):
         objects: str = "several",
     ) -> None:
         _check(split, seed, size, objects)
-        _check_integer("count", count, 1)
+        check_integer("count", count, 1)
         self.split, self.objects = split, objects
         self.count, self.seed, self.size = int(count), int(seed), int(size)
 
