@@ -21,7 +21,8 @@ from ..data.folder import LabeledImages
 from ..explain import StageMaps
 from ..networks import load_network
 from ..stages import Staged
-from . import attention, layercam
+from . import accumulation, attention, layercam
+from .accumulation import RunKind, given_runs
 from .attention import LABEL_SECONDS
 from .examples import NAMES, Example, generated_examples, given_examples
 from .sheet import TEXT, Sheet, blocky, canvas, enlarged, map_over, put_image, put_text
@@ -36,7 +37,7 @@ __all__ = [
     "stage_grid",
 ]
 
-_FIGURES = attention.FIGURES | layercam.FIGURES
+_FIGURES = attention.FIGURES | layercam.FIGURES | accumulation.FIGURES
 
 
 def stage_grid(
@@ -135,6 +136,7 @@ def make_figure(
     *,
     network: str | Staged | None = None,
     pictures: LabeledImages | Iterable[object] | None = None,
+    runs: Iterable[object] | None = None,
     seed: int = 0,
 ) -> Sheet:
     """Draws a figure of the thesis.
@@ -148,6 +150,8 @@ def make_figure(
             class where the network knows the name, others for the highest score. None takes
             generated scenes: the first of the validation split that show one object of a class
             named beforehand, whatever their maps look like.
+        runs: For the figures of chapter 4: folders of trainings, or what
+            :func:`attnviz.evolution.load_evolution` returns; bundled ones if None.
         seed: Number of the generated data set, and of random choices.
 
     Returns:
@@ -160,6 +164,13 @@ def make_figure(
         known = ", ".join(_FIGURES)
         raise ValueError(f"expected a figure in {{{known}}}, got {number!r}")
     kind = _FIGURES[number]
+    if isinstance(kind, RunKind):
+        shown = given_runs(number, kind, runs)
+        figure = kind.draw(shown, seed)
+        figure.facts = f"figure {number}; " + "; ".join(
+            f"{name}: {run.network} on {run.data}, run {run.run_id}" for name, run in shown.items()
+        )
+        return figure
     net = load_network(network or kind.network) if not isinstance(network, Staged) else network
     if pictures is None:
         examples = generated_examples(net, kind, seed)

@@ -102,7 +102,7 @@ def _concept(net: Staged, examples: list[Example], seed: int) -> Sheet:
     put_image(axis, picture, 0.02, top, side)
     put_text(axis, 0.02 + side / 2, top - 0.09, "picture")
     start = side + 0.27
-    last = put_network(axis, net, start, middle, 1.15, tall)[-1]
+    last = put_network(axis, len(net.stage_names), start, middle, 1.15, tall)[-1]
     put_text(axis, start + 0.4, top - 0.09, "network")
     put_arrow(axis, (side + 0.05, middle), (start - 0.03, middle))
     put_arrow(axis, (last + 0.09, middle), (last + 0.3, middle))
@@ -182,7 +182,7 @@ def _cam_pipeline(net: Staged, examples: list[Example], seed: int) -> Sheet:
     put_image(axis, picture, 0.02, top, side)
     put_text(axis, 0.02 + side / 2, top - 0.1, "picture")
     put_arrow(axis, (side + 0.06, middle), (1.12, middle))
-    last = put_network(axis, net, 1.15, middle, 1.05, tall)[-1]
+    last = put_network(axis, len(net.stage_names), 1.15, middle, 1.05, tall)[-1]
     put_text(axis, 1.6, top - 0.1, "convolutions")
     put_arrow(axis, (last + 0.1, middle), (2.44, middle))
     for position, tile in enumerate(reversed(tiles)):  # a pile, the strongest in front
@@ -260,7 +260,7 @@ def _families(net: Staged, examples: list[Example], seed: int) -> Sheet:
             put_image(axis, each, left + 0.05 + shift, middle - small * ratio / 2 - shift, small)
         start = left + 0.05 + small
         put_arrow(axis, (start + 0.13, middle), (start + 0.3, middle))
-        centers = put_network(axis, net, start + 0.33, middle, 0.72, 0.75 * tall)
+        centers = put_network(axis, len(net.stage_names), start + 0.33, middle, 0.72, 0.75 * tall)
         end = start + 1.0
         put_arrow(axis, (end, middle), (end + 0.2, middle))
         put_text(axis, end + 0.23, middle, "score", ha="left")

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..cam import resize
 from ..colors import colorize, overlay, palette
 from ..localize import Box
-from ..stages import Staged
 
 __all__ = ["COLUMN", "PAGE", "Sheet"]
 
@@ -92,10 +91,9 @@ def put_arrow(
 
 
 def put_network(
-    axis: Axes, net: Staged, x: float, middle: float, width: float, tall: float
+    axis: Axes, count: int, x: float, middle: float, width: float, tall: float
 ) -> list[float]:
-    """Draws the stages as bars that get lower; returns the middle of each."""
-    count = len(net.stage_names)
+    """Draws `count` stages as bars that get lower; returns the middle of each."""
     step = width / count
     centers = []
     for number in range(count):

@@ -1,5 +1,14 @@
 """The panels: what a network attends to, explored in JupyterLab or in a saved page."""
 
 from attnviz.panels.layercam import LayerCAMPanel, explore_stages
+from attnviz.panels.player import EvolutionPlayer, explore_accumulation
+from attnviz.panels.tree import TreePanel, explore_evidence
 
-__all__ = ["LayerCAMPanel", "explore_stages"]
+__all__ = [
+    "EvolutionPlayer",
+    "LayerCAMPanel",
+    "TreePanel",
+    "explore_accumulation",
+    "explore_evidence",
+    "explore_stages",
+]

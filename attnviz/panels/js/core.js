@@ -178,7 +178,7 @@ export async function decode(view, mime, [height, width]) {
 
 /** Makes an element; attributes that begin with "on" are listeners, null ones are left out. */
 export function element(name, attributes = {}, ...children) {
-  const svg = ["svg", "rect", "path", "circle"].includes(name);
+  const svg = ["svg", "rect", "path", "circle", "text"].includes(name);
   const made = svg
     ? document.createElementNS("http://www.w3.org/2000/svg", name)
     : document.createElement(name);
@@ -258,9 +258,10 @@ export function settings(model, names, redraw) {
   });
   return {
     get: (name) => model.get(name),
-    set(values) {
+    set(values, rest = true) { // without rest, what plays by itself, it is sent by `send` only
       for (const [name, value] of Object.entries(values)) pending.set(name, value);
       for (const [name, value] of Object.entries(values)) model.set(name, value);
+      if (!rest) return;
       clearTimeout(timer);
       timer = setTimeout(send, 150);
     },

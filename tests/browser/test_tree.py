@@ -1,0 +1,173 @@
+"""The evidence explorer in a browser: as a saved page without a network, and in JupyterLab."""
+
+import base64
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_layercam import READY, RUN, TWO_FRAMES, _is_local
+
+from attnviz import explore_evidence, load_network
+from attnviz.data.scenes import Scenes
+
+pytestmark = pytest.mark.browser
+
+WAITS = "[role=treeitem][aria-selected=true]"
+CELL = """import attnviz
+from attnviz.data.scenes import Scenes
+net = attnviz.load_network("scenes_conv")
+panel = attnviz.explore_evidence(net, Scenes("val", 1)[0].image)
+panel"""
+
+
+@pytest.fixture(scope="module")
+def panel():
+    net = load_network("scenes_conv")
+    names = list(net.class_names)
+    image = Scenes("val", 1)[0].image
+    best = int(net(net.preprocess(image)).argmax())
+    names[best] = "</script><img src=x onerror=alert(1)>"
+    net.class_names = tuple(names)
+    panel = explore_evidence(net, image)
+    start = panel.opened
+    panel.grow(2)
+    panel.add_sketches()
+    panel.opened = start
+    return panel
+
+
+@pytest.fixture
+def page(panel, open_page, tmp_path):
+    page = open_page(panel.save_html(tmp_path / "tree.html"), WAITS)
+    page.wait_for_timeout(400)
+    return page
+
+
+def _links(page):
+    return page.locator("[role=treeitem]").evaluate_all("items => items.map(i => i.dataset.link)")
+
+
+def _pixels(canvas):
+    address = canvas.evaluate("canvas => canvas.toDataURL('image/png')")
+    image = Image.open(io.BytesIO(base64.b64decode(address.split(",")[1])))
+    return np.asarray(image.convert("RGB"))
+
+
+def _wait_for(page, link):
+    page.locator(f'[data-link="{link}"][aria-selected=true]').wait_for()
+
+
+def test_nodes_are_drawn_as_python_draws_them(page, panel):
+    for cropped in (True, False):
+        page.get_by_label("Crop to receptive field").set_checked(cropped)
+        panel.cropped = cropped
+        page.wait_for_timeout(300)
+        for link in _links(page):
+            drawn = _pixels(page.locator(f'[data-link="{link}"] .attnviz-thumb canvas'))
+            expected = panel.thumbnail(link, 112)
+            assert drawn.shape == expected.shape
+            difference = np.abs(drawn.astype(int) - expected)
+            assert np.median(difference) <= 1
+            assert (difference > 16).mean() <= 0.01
+    panel.cropped = True
+    assert page.problems == []
+    assert [url for url in page.requests if not url.startswith(("file:", "blob:"))] == []
+
+
+def test_tree_grows_on_click_and_by_keys_and_its_address_is_a_link(page, panel, open_page):
+    root, first = str(panel.class_ids[0]), panel.selected
+    assert _links(page) == [root, first, *_below(panel, first), *_below(panel, root)[1:]]
+    other = _below(panel, root)[1]
+    page.locator(f'[data-link="{other}"]').click()
+    _wait_for(page, other)
+    assert set(_below(panel, other)) <= set(_links(page))
+    page.keyboard.press("ArrowRight")
+    _wait_for(page, _below(panel, other)[0])
+    page.keyboard.press("ArrowDown")
+    _wait_for(page, _below(panel, other)[1])
+    assert page.evaluate("document.activeElement.dataset.link") == _below(panel, other)[1]
+    assert page.url.endswith(f"#{_below(panel, other)[1]}")
+    for _ in range(2):
+        page.keyboard.press("ArrowLeft")
+    _wait_for(page, root)
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    assert _links(page) == [root]
+    page.goto(page.url.partition("#")[0] + f"#{_below(panel, other)[2]}")
+    page.reload()
+    _wait_for(page, _below(panel, other)[2])
+    deepest = page.locator(f'[data-link="{_below(panel, other)[2]}"]')
+    assert deepest.get_attribute("aria-expanded") is None
+    deepest.locator(".attnviz-door").click()
+    page.get_by_text("was not exported").wait_for()
+    assert page.problems == []
+
+
+def _below(panel, link):
+    class_id = link.partition("/")[0]
+    full = link if "/" in link else class_id
+    return [f"{full}/{node.stage}:{node.channel}" for node in panel.children(full)]
+
+
+def test_class_name_is_text_only(page, panel):
+    assert page.locator("img").count() == 0
+    assert page.locator(f'[data-link="{panel.class_ids[0]}"] b').inner_text().startswith("</scr")
+
+
+def test_random_use_leaves_the_page_whole(page):
+    chance = random.Random(4)
+    keys = ["ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "Home", "End", "Enter", "*", "+",
+            "-", "0", "c", "?", "Escape", "Tab"]  # fmt: skip
+    for _ in range(150):
+        items = page.locator("[role=treeitem]:visible")
+        if chance.random() < 0.5:
+            items.nth(chance.randrange(items.count())).dispatch_event("click")
+        else:
+            page.keyboard.press(chance.choice(keys))
+    page.evaluate(TWO_FRAMES)
+    assert page.locator(WAITS).count() == 1
+    assert page.locator(".attnviz-error:visible").count() == 0
+    assert page.problems == []
+
+
+def test_tree_in_jupyterlab_asks_the_kernel(lab, chromium):
+    address, folder = lab
+    cell = {"cell_type": "code", "id": "cell0", "source": CELL, "metadata": {}, "outputs": [],
+            "execution_count": None}  # fmt: skip
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel},
+                "cells": [cell]}  # fmt: skip
+    (folder / "tree.ipynb").write_text(json.dumps(notebook))
+    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
+    context.set_default_timeout(20_000)
+    page = context.new_page()
+    outside, problems = [], []
+    page.on("request", lambda r: None if _is_local(r.url) else outside.append(r.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{address}/doc/tree/tree.ipynb")
+    page.wait_for_function("window.jupyterapp !== undefined", timeout=30_000)
+    assert page.evaluate(READY)
+    page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.locator(WAITS).wait_for(timeout=60_000)
+    selected = page.locator(WAITS).get_attribute("data-link")
+    page.locator(f'[data-link^="{selected}/"]').first.click()
+    deeper = page.locator(f'[data-link^="{selected}/"][aria-selected=true]')
+    deeper.wait_for()
+    link = deeper.get_attribute("data-link")
+    page.locator(f'[data-link^="{link}/"]').first.wait_for()
+    page.locator('[aria-label^="Guided gradient"]').wait_for()
+    page.wait_for_timeout(400)
+    [known] = json.loads(page.evaluate(RUN, "import json; print(json.dumps([panel.selected]))"))
+    assert known == link
+    page.evaluate(RUN, "panel.selected = panel.selected.rpartition('/')[0]")
+    _wait_for(page, selected)
+    other = page.get_by_label("Compare with")
+    other.select_option(index=2)
+    page.locator("[role=tree]").nth(1).locator("[role=treeitem]").first.wait_for()
+    assert outside == []
+    assert problems == []
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
+    context.close()
