@@ -22,17 +22,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cam import METHODS, fuse
 from .explain import GradientAt, stage_maps
-from .networks import load_network
+from .localize import View, sweep_boxes
+from .metrics import class_ranks, sweep_counts, sweep_ious
+from .networks import bundled_folder, load_network
 from .stages import Staged
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Benchmark", "bench_cam"]
 
 M_MMAP_THRESHOLD = -3  # of mallopt
+_SWEEP = np.arange(50) / 50  # thresholds of boxes
 FLOOR = "forward + backward to stage 1"
 EIGHT_CALLS = "LayerCAM of 8 classes, 8 calls"
 PEERS = {"captum": "captum", "grad-cam": "pytorch_grad_cam", "torchcam": "torchcam"}
@@ -260,6 +265,28 @@ def _fused(subject: _Subject) -> Run:
     return run
 
 
+def _localized(subject: _Subject) -> Run:
+    # A whole evaluation, from the file to what is right; the other cases begin with the tensor.
+    net, file, truth = subject.net, BytesIO(), (100, 80, 400, 300)
+    with Image.open(bundled_folder() / "pictures" / "cat.jpg") as picture:
+        picture.convert("RGB").resize((500, 375)).save(file, "jpeg", quality=90)
+
+    def run(images: Tensor) -> object:
+        size = (images.shape[-2], images.shape[-1])
+        view = View((375, 500), size, (0, 0), size)
+        shown = [view.pixels(np.array(Image.open(file).convert("RGB"))) for _ in images]
+        values = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2) / 255
+        mean, std = (torch.tensor(part)[:, None, None] for part in (net.mean, net.std))
+        maps = stage_maps(net, ((values - mean) / std).to(images), _classes(images))
+        fused = fuse(maps["layercam"], size=size).cpu()
+        found = [sweep_boxes(map, _SWEEP) for map in fused]
+        box = [view.box_to_network(truth)]
+        ious = np.stack([sweep_ious(*each, box, len(_SWEEP)) for each in found])
+        return class_ranks(maps.scores, _classes(images)), sweep_counts(ious)
+
+    return run
+
+
 def _eight_calls(subject: _Subject) -> Run:
     return lambda images: [stage_maps(subject.net, images, number) for number in range(8)]
 
@@ -308,6 +335,7 @@ CAM_CASES = (
     _Case("plain forward", _plain),
     _Case("LayerCAM of all stages", _maps()),
     _Case("LayerCAM of all stages, fused", _fused),
+    _Case("localization: decode, maps, fusion, boxes, metrics", _localized),
     _Case("all methods of all stages", _maps(tuple(METHODS))),
     _Case("LayerCAM of all stages, pool_up", _maps(gradient_at="pool_up")),
     _Case(EIGHT_CALLS, _eight_calls, baseline=None, most=1),

@@ -152,26 +152,29 @@ def sweep_boxes(
     _check_threshold(float(thresholds[0]))
     _check_threshold(float(thresholds[-1]))
     values, cuts = _compared(map, thresholds, rule, size)
-    # As many pixels above the cut: the same mask, since masks only shrink.
-    above = np.searchsorted(np.sort(values, axis=None), cuts, side="right")
-    _, first, repeats = np.unique(above, return_index=True, return_counts=True)
-    (top, left), (bottom, right) = (0, 0), values.shape
-    found, positions = [], []
-    for position, repeat in zip(first, repeats, strict=True):
-        mask = values[top:bottom, left:right] > cuts[position]
-        boxes, weights = _regions(mask, rule, (top, left), values.shape)
-        if not len(boxes):
+    whole = values.shape
+    top = left = before = regions = 0
+    found, positions = [np.zeros((0, 4), np.int64)], []
+    for position, cut in enumerate(cuts):
+        mask = (values[top:, left:] > cut).view(np.uint8)
+        pixels = np.count_nonzero(mask)
+        if not pixels:
             break
-        low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
-        left, top = (low & ~1).tolist()  # even: OpenCV numbers regions by blocks of 2 x 2
-        right, bottom = (high + (rule == "contour_area")).tolist()  # its boxes may be clipped
-        if keep == "largest":
-            boxes = boxes[weights.argmax()][None]
-        found.append(np.tile(boxes, (repeat, 1)))
-        positions.append(np.repeat(np.arange(position, position + repeat), len(boxes)))
-    if not found:
-        return np.zeros((0, 4), np.int64), np.zeros(0, np.int64)
-    return np.concatenate(found), np.concatenate(positions)
+        if pixels != before:  # else the same mask, since masks only shrink
+            x, y, width, height = cv2.boundingRect(mask)
+            values = values[: top + y + height, : left + x + width]
+            x, y = x & ~1, y & ~1  # even: OpenCV numbers regions by blocks of 2 x 2
+            top, left, before = top + y, left + x, pixels
+            mask = mask[y : y + height + 1, x : x + width + 1]
+            if keep == "largest" and rule != "contour_area":
+                boxes, regions = _largest(mask, rule, regions)
+                boxes = boxes + (left, top, left, top)
+            else:
+                boxes, weights = _regions(mask, rule, (top, left), whole)
+                boxes = boxes if keep == "all" else boxes[weights.argmax()][None]
+        found.append(boxes)
+        positions += [position] * len(boxes)
+    return np.concatenate(found), np.array(positions, np.int64)
 
 
 def eight_bit(
@@ -282,33 +285,59 @@ def _regions(
         boxes = np.array([cv2.boundingRect(each) for each in contours], np.int64).reshape(-1, 4)
         boxes[:, 2:] = np.minimum(boxes[:, :2] + boxes[:, 2:], (width - 1, height - 1))
         return boxes, np.array([cv2.contourArea(each) for each in contours])
-    boxes, pixels = _outlined(mask)
     # A hole lies inside the rectangle of its region: regions are enough for `rect`.
+    _, _, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    boxes, pixels = statistics[1:, :4].astype(np.int64), statistics[1:, cv2.CC_STAT_AREA]
     weights = boxes[:, 2] * boxes[:, 3] if rule == "rect" else pixels
-    if not len(boxes) or (weights == weights.max()).sum() > 1:  # equal ones: the topmost first
-        _, _, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        boxes, pixels = statistics[1:, :4].astype(np.int64), statistics[1:, cv2.CC_STAT_AREA]
-        weights = boxes[:, 2] * boxes[:, 3] if rule == "rect" else pixels
     boxes[:, 2:] += boxes[:, :2]
     return boxes + (left, top, left, top), weights
 
 
-def _outlined(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # Corner and size of every 8-connected region, and its pixels, from its outlines: several
-    # times faster than labels, unless there are many regions (then none is returned).
-    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    if not 0 < len(contours) <= 200:
-        return np.zeros((0, 4), np.int64), np.zeros(0)
-    parents = hierarchy[0, :, 3]
-    outer = parents < 0
-    # Pick's theorem: n steps round an area hold area + n/2 + 1 pixels with the outline, and
-    # area - n/2 + 1 without it, which is what a hole takes away.
-    areas = np.array([cv2.contourArea(each) for each in contours])
-    steps = np.array([len(each) if len(each) > 1 else 0 for each in contours])
-    pixels = areas + np.where(outer, steps, -steps) / 2 + 1
-    np.subtract.at(pixels, parents[~outer], pixels[~outer])
-    boxes = [cv2.boundingRect(each) for each, out in zip(contours, outer, strict=True) if out]
-    return np.array(boxes, np.int64), pixels[outer]
+def _largest(mask: np.ndarray, rule: Rule, regions: int) -> tuple[np.ndarray, int]:
+    # The box of the largest region, and about how many regions there are. Outlines are faster
+    # than labels, unless there are many regions: `regions` is what to expect.
+    if regions <= (60 if rule == "rect" else 20):
+        contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        position = _largest_outline(contours, hierarchy[0, :, 3].tolist(), rule)
+        if position is not None:
+            x, y, width, height = cv2.boundingRect(contours[position])
+            return np.array([[x, y, x + width, y + height]]), len(contours)
+    if rule == "rect":
+        boxes, weights = _regions(mask, rule)
+        return boxes[weights.argmax()][None], len(boxes)
+    _, labels = cv2.connectedComponents(mask, connectivity=8)  # statistics take twice the time
+    pixels = np.bincount(labels.ravel())[1:]
+    region = (labels == 1 + pixels.argmax()).view(np.uint8)
+    x, y, width, height = cv2.boundingRect(region)
+    return np.array([[x, y, x + width, y + height]]), len(pixels)
+
+
+def _largest_outline(
+    contours: Sequence[np.ndarray], parents: Sequence[int], rule: Rule
+) -> int | None:
+    # None where several regions are equally large: the topmost one is wanted then, and outlines
+    # have another order.
+    outer = [i for i, parent in enumerate(parents) if parent < 0]
+    found, most = [], 0.0
+    for i in sorted(outer, key=lambda i: -len(contours[i])):
+        if (len(contours[i]) / 2 + 1) ** 2 < most:  # n steps span at most n/2 + 1 pixels
+            break
+        if rule == "rect":
+            _, _, width, height = cv2.boundingRect(contours[i])
+            size = float(width * height)
+        else:
+            holes = [contours[j] for j, parent in enumerate(parents) if parent == i]
+            size = _pixels(contours[i], 1) - sum(_pixels(hole, -1) for hole in holes)
+        if size >= most:
+            found, most = [*found, i] if size == most else [i], size
+    return found[0] if len(found) == 1 else None
+
+
+def _pixels(contour: np.ndarray, side: Literal[1, -1]) -> float:
+    # Pick's theorem: n steps round an area hold area + n/2 + 1 pixels with the outline (1), and
+    # area - n/2 + 1 without it (-1), which is what a hole takes away.
+    steps = len(contour) if len(contour) > 1 else 0
+    return cv2.contourArea(contour) + side * steps / 2 + 1
 
 
 def _linear(maps: Tensor, size: tuple[int, int]) -> Tensor:

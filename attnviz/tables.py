@@ -539,14 +539,19 @@ class _Store:
         key = _digest(json.dumps(facts, sort_keys=True))
         self.folder, self.stem = folder, f"{name}-{key}"
         self.own = folder / f"{self.stem}.{_process()[0]}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self.own.exists():
-            self._append([{"facts": facts}])
-        else:  # the end of a line that was being written when the run was stopped
-            data = self.own.read_bytes()
-            if data and not data.endswith(b"\n"):
-                with self.own.open("r+b") as file:
-                    file.truncate(data.rfind(b"\n") + 1)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not self.own.exists():
+                self._append([{"facts": facts}])
+        except OSError as error:
+            raise OSError(
+                f"expected `cache` as a folder that can be written to, got {str(folder)!r} "
+                f"({error.strerror}); choose another one"
+            ) from error
+        data = self.own.read_bytes()
+        if not data.endswith(b"\n"):  # a line that was being written when the run was stopped
+            with self.own.open("r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
 
     def load(self) -> dict[tuple[str, str], dict]:
         """Returns the last record of each picture as it was then, of all processes."""
@@ -855,13 +860,14 @@ def make_table(
     """
     _check(id, data, preset, threshold, gradient_at, methods, limit, channels, batch)
     root = find_data_root(data_root)
+    items, notes = _items(data, root, limit, seed, progress)  # before weights are downloaded
     if network is None:
         network = "scenes_fc" if data == "scenes" else "vgg16"
     net = network
     if not isinstance(net, Staged):
         net = load_network(network, weights, data=root, device=device)
     _check_classes(net, data)
-    items, notes = _items(data, root, limit, seed, progress)
+    _check_class_ids(net, items, data)
     choices = _PRESETS[preset]
     if gradient_at is not None:
         choices = replace(choices, gradient_at=gradient_at)
@@ -1113,4 +1119,19 @@ def _check_classes(net: Staged, data: Data) -> None:
         raise ValueError(
             f"expected a network of the {count} classes of {data}, got {net.name} with "
             f"{len(net.class_names)}; name another network or other data"
+        )
+
+
+def _check_class_ids(net: Staged, items: Sequence[_Item], data: Data) -> None:
+    # A network whose classes have no names says how many there are only by its scores.
+    if net.class_names is not None:
+        return
+    height, width = (net.image_size,) * 2 if isinstance(net.image_size, int) else net.image_size
+    blank = torch.zeros(1, len(net.mean), height, width, device=net.device, dtype=net.dtype)
+    scores, last = net(blank), max(item.class_id for item in items)
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] <= last:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"expected a network with a score for each class of {data}, up to {last}, got "
+            f"{net.name} with scores {got}; name another network or other weights"
         )

@@ -1,12 +1,20 @@
 import json
 import warnings
 from importlib.metadata import version
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from attnviz import bench
 from attnviz.bench import CAM_CASES, FLOOR, PEERS, bench_cam
+from attnviz.cam import fuse
+from attnviz.explain import stage_maps
+from attnviz.localize import map_to_box
+from attnviz.metrics import best_ious
+from attnviz.networks import bundled_folder
 
 KEYS = {"case", "baseline", "ratio", "low", "high", "peak_memory_ratio"}
 TINY = {"networks": ["resnet18"], "rounds": 1, "size": 64, "device": "cpu", "progress": False}
@@ -85,6 +93,27 @@ def test_peers_run_on_the_same_stages(case):
         assert tuple(found.shape) == (2, 64, 64)
         assert found.std() > 0
         assert found.min() >= 0
+
+
+def test_localization_counts_what_single_thresholds_give():
+    ranks, counts = _run("localization: decode, maps, fusion, boxes, metrics")
+    subject = bench._subject("resnet18", 64, "cpu", 0)
+    with Image.open(bundled_folder() / "pictures" / "cat.jpg") as picture:
+        file = BytesIO()
+        picture.convert("RGB").resize((500, 375)).save(file, "jpeg", quality=90)
+    pixels = Image.open(file).resize((64, 64), Image.Resampling.BILINEAR)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (subject.net.mean, subject.net.std))
+    image = (torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255 - mean) / std
+    maps = stage_maps(subject.net, torch.stack([image, image]), [0, 1])
+    truth = (100 * 64 / 500, 80 * 64 / 375, 400 * 64 / 500, 300 * 64 / 375)
+    expected = np.zeros((3, 50), int)
+    for map in fuse(maps["layercam"], size=(64, 64)):
+        for position in range(50):
+            (iou,) = best_ious([map_to_box(map, position / 50)], [truth])
+            expected[:, position] += [iou >= 0.3, iou >= 0.5, iou >= 0.7]
+    assert counts.tolist() == expected.tolist()
+    order = maps.scores.argsort(dim=1, descending=True).tolist()
+    assert ranks.tolist() == [order[0].index(0), order[1].index(1)]
 
 
 def test_floor_is_the_gradient_at_the_first_stage():

@@ -1,12 +1,15 @@
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models import get_model
 
 from attnviz import cam, explain, localize, metrics, probes, tables
+from attnviz.cli import main
 from attnviz.stages import staged
 from attnviz.tables import METHODS, Table, make_table, table_names
 
@@ -344,8 +347,7 @@ def test_cache_is_the_users_by_default(make, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ other data
 
 
-def test_birds(fresh, root):
-    folder = root / "cub"
+def _write_birds(folder):
     (folder / "images").mkdir(parents=True)
     lists = {"images": [], "train_test_split": [], "image_class_labels": [], "bounding_boxes": []}
     for number, (name, (color, (x0, y0, x1, y1))) in enumerate(PICTURES.items(), start=1):
@@ -357,12 +359,108 @@ def test_birds(fresh, root):
     lists["classes"] = [f"{k} {k:03}.Bird" for k in range(1, 9)]
     for name, lines in lists.items():
         (folder / f"{name}.txt").write_text("\n".join(lines))
+
+
+def test_birds(fresh, root):
+    _write_birds(root / "cub")
     table = fresh("3.6", data="cub", threshold="fixed")
     rows = {row["method"]: row for row in table.rows}
     assert rows["LayerCAM"]["loc1"]["paper"] == 56.08
     assert (rows["LayerCAM"]["loc1"]["ours"], rows["LayerCAM"]["loc5"]["ours"]) == (25.0, 50.0)
     assert rows["SPG"]["loc1"]["ours"] is None
     assert any("fixed threshold of 5 %" in note for note in table.notes)
+
+
+def _of_the_birds(tmp_path, *options):
+    common = ["--data", "cub", "--network", "squeezenet1_1", "--data-root", str(tmp_path / "data")]
+    common += ["--weights", str(tmp_path / "net.pth"), "--cache", str(tmp_path / "cache")]
+    return main(["table", "3.6", *common, "--json", str(tmp_path / "table.json"), *options])
+
+
+@pytest.fixture
+def birds(root, tmp_path):
+    """Writes birds and the weights of a network of as many classes as are asked for."""
+    _write_birds(root / "cub")
+
+    def write(classes):
+        state = get_model("squeezenet1_1", weights=None, num_classes=classes).state_dict()
+        torch.save(state, tmp_path / "net.pth")
+
+    return write
+
+
+def test_birds_by_the_command_with_weights_of_their_own_classes(birds, tmp_path, capsys):
+    birds(200)
+    options = ["--threshold", "fixed", "--batch", "4", "--channels", "all"]
+    assert _of_the_birds(tmp_path, *options) == 0
+    result = json.loads((tmp_path / "table.json").read_text())
+    (row,) = (row for row in result["rows"] if row["method"] == "LayerCAM")
+    assert row["loc5"]["ours"] is not None
+    assert any("fixed threshold of 5 %" in note for note in result["notes"])
+    assert "squeezenet1_1 on cub, 4 images" in capsys.readouterr().out
+    assert result["weights"]["weights"] == "net.pth"
+
+
+def test_weights_of_other_classes_are_refused(birds, tmp_path, capsys):
+    birds(1000)
+    assert _of_the_birds(tmp_path) == 2
+    assert "expected a network of the 200 classes of cub" in capsys.readouterr().err
+
+
+def test_a_class_beyond_the_networks_is_named_before_anything_is_measured(fresh, root, tmp_path):
+    labels = root / "ilsvrc" / "val_labels.txt"
+    labels.write_text(labels.read_text().replace("g.png 0", "g.png 9"))
+    message = r"each class of ilsvrc, up to 9, got known with scores \(1, 8\)"
+    with pytest.raises(ValueError, match=message):
+        fresh("3.1")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", "0.2"], "invalid choice: '0.2'"),
+        (["--channels", "many"], "expected --channels as a number or all, got 'many'"),
+        (["--channels", "0"], "expected `channels` of at least 1, got 0"),
+        (["--channels", "-3"], "expected --channels as a number or all, got '-3'"),
+        (["--batch", "0"], "expected `batch` of at least 1, got 0"),
+        (["--limit", "-1"], "expected `limit` of at least 1, got -1"),
+    ],
+)
+def test_bad_options_of_the_command_are_one_line(options, message, capsys, tmp_path):
+    try:
+        code = main(["table", "3.8", "--cache", str(tmp_path), *options])
+    except SystemExit as stopped:
+        code = stopped.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_a_device_is_written_to_and_never_replaced(tmp_path):
+    pipe, cache = tmp_path / "pipe", str(tmp_path / "cache")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert main(["table", "--list", "--json", str(pipe), "--cache", cache]) == 0
+        assert json.loads(os.read(reader, 100_000))["tables"][0]["id"] == "3.1"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_only_the_first_of_several_processes_speaks_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "_wait", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["table", "3.8", "--limit", "12", "--cache", str(tmp_path / "cache")]
+    command += ["--json", str(tmp_path / "table.json"), "--device", "cpu"]
+    for rank, speaks in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(command) == 0
+        assert (tmp_path / "table.json").exists() == speaks
+        assert bool(capsys.readouterr().out) == speaks
+    assert json.loads((tmp_path / "table.json").read_text())["n"] == 12
 
 
 def test_generated_scenes_depend_on_their_seed(tmp_path):
@@ -428,9 +526,16 @@ def test_one_half_without_pictures_is_named(make):
     assert make("3.1", limit=1, threshold="fixed").n == 1
 
 
-def test_missing_data_is_named(make, tmp_path):
+def test_missing_data_is_named_before_the_network_is_loaded(make, tmp_path):
     with pytest.raises(FileNotFoundError, match="ILSVRC"):
-        make("3.1", data_root=tmp_path / "nothing")
+        make("3.1", data_root=tmp_path / "nothing", network="resnet18")
+
+
+def test_a_cache_that_cannot_be_written_is_named(make, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for place in ("file", "file/below"):
+        with pytest.raises(OSError, match="expected `cache` as a folder .* choose another one"):
+            make("3.8", cache=tmp_path / place)
 
 
 def test_network_is_left_as_it_was(make):
