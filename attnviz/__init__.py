@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING
 from .cam import fuse
 from .explain import StageMaps, stage_maps
 from .localize import map_to_box
+from .memory import AttentionMemory
 from .networks import load_network
 from .stages import Staged, staged
+from .tree import Evidence, evidence
 
 if TYPE_CHECKING:
     from .panels.layercam import explore_stages
+    from .panels.player import explore_accumulation
+    from .panels.tree import explore_evidence
 
 __all__ = [
+    "AttentionMemory",
+    "Evidence",
     "StageMaps",
     "Staged",
+    "evidence",
+    "explore_accumulation",
+    "explore_evidence",
     "explore_stages",
     "fuse",
     "load_network",
@@ -34,4 +43,12 @@ def __getattr__(name: str) -> object:
         from .panels.layercam import explore_stages
 
         return explore_stages
+    if name == "explore_accumulation":
+        from .panels.player import explore_accumulation
+
+        return explore_accumulation
+    if name == "explore_evidence":
+        from .panels.tree import explore_evidence
+
+        return explore_evidence
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

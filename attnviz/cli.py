@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.run is not _lab:
             _prepare(options)
         result = options.run(options)
-        if options.json is not None:
+        if options.json is not None and _is_first():
             write_whole(options.json, lambda path: path.write_text(json.dumps(result, indent=1)))
     except (ValueError, TypeError, KeyError, OSError) as error:
         print(f"attnviz: {_one_line(error)}", file=sys.stderr)  # noqa: T201 (the command's voice)
@@ -70,11 +70,16 @@ def _prepare(options: argparse.Namespace) -> None:
         raise ValueError("expected a CUDA device for --device cuda, got none; use --device cpu")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"expected --seed from 0 to 2**63 - 1, got {options.seed}")
-    if options.json is not None:
+    if options.json is not None and not _is_device(options.json):
         check_writable(options.json.parent)
         if options.json.is_dir():
             raise ValueError(f"expected a file for --json, got the folder {str(options.json)!r}")
     torch.manual_seed(options.seed)
+
+
+def _is_first() -> bool:
+    # Of several processes of torchrun only one speaks and writes.
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _device(options: argparse.Namespace) -> str:
@@ -89,6 +94,8 @@ def _command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_lab(commands)
     _add_map(commands)
+    _add_tree(commands)
+    _add_play(commands)
     _add_train(commands)
     _add_bench(commands)
     _add_data(commands)
@@ -127,8 +134,15 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+def _is_device(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under another name first, so that `path` is never half written."""
+    if _is_device(path):  # /dev/stdout and its like are written to, not replaced
+        write(path)
+        return
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(partial)
@@ -351,6 +365,51 @@ def _sheet(pictures: Sequence[np.ndarray], height: int = 240, gap: int = 6) -> n
     return sheet
 
 
+# --------------------------------------------------------------------------------------- tree
+
+
+def _add_tree(commands: argparse._SubParsersAction) -> None:
+    about = "the channels behind a decision, as a tree to explore in a page of its own"
+    parser = _add(commands, "tree", _tree, about)
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("--network", required=True, help="a name, e.g. squeezenet1_1 or resnet50")
+    parser.add_argument("--weights", default="auto", help="auto, random or a file")
+    parser.add_argument("--data-root", type=Path, help="folder that holds weights/")
+    parser.add_argument(
+        "--class", dest="class_ids", nargs="+", default=["auto"], metavar="CLASS",
+        help="name or number, or two to compare; auto: the highest score",
+    )  # fmt: skip
+    parser.add_argument("--top", type=int, default=3, help="channels of each node, at most 8")
+    parser.add_argument("--depth", type=int, default=3, help="levels of channels in the page")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="an HTML page")
+
+
+def _tree(options: argparse.Namespace) -> dict[str, object]:
+    from .panels.tree import MOST, explore_evidence
+
+    if not 1 <= options.top <= MOST:
+        raise ValueError(f"expected --top from 1 to {MOST}, got {options.top}")
+    if options.depth < 1:
+        raise ValueError(f"expected --depth of at least 1, got {options.depth}")
+    if len(options.class_ids) > 2:
+        raise ValueError(f"expected one or two classes, got {len(options.class_ids)}")
+    picture = read_image(options.image)
+    check_writable(options.out.parent)
+    net = load_network(
+        options.network, options.weights, data=options.data_root, device=_device(options)
+    )
+    class_ids = None if options.class_ids == ["auto"] else options.class_ids
+    panel = explore_evidence(net, picture, class_ids, top=options.top)
+    panel.grow(options.depth, progress=True)
+    panel.add_sketches(progress=True)
+    panel.save_html(options.out)
+    trees = [tree.to_json() for tree in panel.trees]
+    _say(f"{options.out}: {', '.join(map(str, (tree['class_name'] for tree in trees)))}, "
+         f"{sum(len(tree['nodes']) for tree in trees)} channels, "
+         f"{options.out.stat().st_size / 1000:.0f} kB")  # fmt: skip
+    return {"image": options.image.name, "out": str(options.out), "trees": trees}
+
+
 # -------------------------------------------------------------------------------- train, bench
 
 
@@ -365,8 +424,126 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--network", choices=("scenes_fc", "scenes_conv"), default="scenes_fc")
     parser.add_argument("--epochs", type=int, default=12, help="how often each image is seen")
     parser.add_argument("--limit", type=int, help="at most so many images, for a quick look")
+    _add_run(parser)
+    about = "a classifier that accumulates its attention while it learns (OAA, OAA++)"
+    parser = _add(kinds, "oaa", _train_oaa, about)
+    parser.add_argument(
+        "--data", default="scenes", metavar="NAME",
+        help="scenes, voc2012, coco, cub, or a folder of labeled pictures",
+    )  # fmt: skip
+    parser.add_argument("--data-root", type=Path, help="folder of the data sets and weights/")
+    parser.add_argument("--network", help="scenes for scenes, else vgg16; or squeezenet1_1, ...")
+    parser.add_argument("--weights", default="auto", help="to start from: auto, random or a file")
+    parser.add_argument("--images", type=int, default=1200, help="how many scenes are drawn")
+    parser.add_argument("--limit", type=int, help="at most so many images, for a quick look")
+    parser.add_argument(
+        "--validation-images", type=int, default=300, help="at most so many to measure on"
+    )
+    parser.add_argument("--size", type=int, help="short side of the images, in pixels")
+    parser.add_argument("--crops", action="store_true", help="learn from parts of images, too")
+    parser.add_argument("--rule", choices=("max", "mean"), default="max", help="how maps join")
+    parser.add_argument("--no-gate", action="store_true", help="accumulate every map of a label")
+    parser.add_argument("--start", type=int, default=1, help="epochs before accumulation")
+    parser.add_argument(
+        "--drop", nargs="?", choices=("none", "image", "feature"), const="image", default="none",
+        help="hide what was attended to (OAA++); --drop alone: in the image",
+    )  # fmt: skip
+    parser.add_argument("--threshold", type=float, default=0.6, help="attention that is hidden")
+    parser.add_argument("--rate", type=float, default=0.5, help="how often")
+    parser.add_argument(
+        "--branch", action="store_true", help="a second head learns the maps, for unseen images"
+    )
+    _add_loop(parser)
+    about = "a network that learns the accumulated maps of a run (OAA+, OAA+++)"
+    parser = _add(kinds, "integral", _train_integral, about)
+    parser.add_argument("--run", dest="source", type=Path, required=True, metavar="OAA_RUN")
+    parser.add_argument("--data-root", type=Path, help="folder of the data sets and weights/")
+    parser.add_argument(
+        "--weights", default="auto", help="to start from: auto, classifier, random or a file"
+    )
+    parser.add_argument("--loss", choices=("hybrid", "mce", "ep"), default="hybrid")
+    parser.add_argument(
+        "--reduction", choices=("thesis", "released"), help="one mean a class, or one of all"
+    )
+    parser.add_argument("--split", type=float, default=0.0, help="threshold of table 4.6")
+    _add_loop(parser)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in RUN")
+
+
+def _add_loop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset", choices=("small", "thesis", "released", "literature"),
+        help="whose batch, learning rates and schedule; small for scenes, else thesis",
+    )  # fmt: skip
+    parser.add_argument("--epochs", type=int, help="how often each image is seen")
+    parser.add_argument("--batch-size", type=int, help="images per step")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a step, for memory")
+    parser.add_argument("--learning-rate", type=float, help="the largest")
+    parser.add_argument("--precision", choices=("auto", "32", "bf16"), default="auto")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads")
+    parser.add_argument("--workers", type=int, default=1, help="threads that read ahead")
+    parser.add_argument(
+        "--checkpoint-steps", type=int, metavar="N", help="also save every N steps"
+    )
+    parser.add_argument("--checkpoint-seconds", type=int, metavar="S", help="or every S seconds")
+    _add_run(parser)
+
+
+def _loop_options(options: argparse.Namespace, *names: str) -> dict[str, object]:
+    given = vars(options)
+    names += ("epochs", "batch_size", "accumulate", "learning_rate", "precision", "threads")
+    names += ("workers", "checkpoint_steps", "checkpoint_seconds", "seed", "device", "weights")
+    return {name: given[name] for name in names if given[name] is not None}
+
+
+def _train_oaa(options: argparse.Namespace) -> dict[str, object]:
+    from .training import oaa_config, train_oaa
+
+    network = options.network or ("scenes" if options.data == "scenes" else "vgg16")
+    config = oaa_config(
+        options.preset or ("small" if network == "scenes" else "thesis"),
+        network=network,
+        gate=not options.no_gate,
+        **_loop_options(
+            options, "data", "images", "validation_images", "limit", "size", "crops", "rule",
+            "start", "drop", "threshold", "rate", "branch",
+        ),
+    )  # fmt: skip
+    check_writable(options.out.parent)
+    return _trained(train_oaa(config, options.out, options.resume, data=options.data_root))
+
+
+def _train_integral(options: argparse.Namespace) -> dict[str, object]:
+    from .training import integral_config, train_integral
+
+    loop = _loop_options(options, "loss", "reduction", "split")
+    config = integral_config(options.source, options.preset, **loop)
+    check_writable(options.out.parent)
+    return _trained(train_integral(config, options.out, options.resume, data=options.data_root))
+
+
+def _trained(run: Path) -> dict[str, object]:
+    if not (run / "metrics.json").is_file():  # the player's stop button
+        if _is_first():
+            _say(f"{run}: stopped as asked; go on with --resume")
+        return {"run": str(run), "stopped": True}
+    metrics = json.loads((run / "metrics.json").read_text())
+    if _is_first():
+        if "mean_average_precision" in metrics:
+            found = f"{metrics['mean_average_precision']:.3f} on {metrics['images']} images"
+            _say(f"{run}: mean average precision {found}")
+        for name, maps in metrics["maps"].items():
+            if maps["maps"]:
+                shares = [f"{100 * (maps[key] or 0):.1f} %" for key in ("recall", "noise")]
+                _say(f"  {name} maps: recall {shares[0]}, noise {shares[1]}")
+        for kind, left in metrics["left_out"].items():
+            if left["images"]:
+                _say(f"  {left['images']} {kind}: {', '.join(left['first'])}")
+    return {"run": str(run), **metrics}
 
 
 def _train_classifier(options: argparse.Namespace) -> dict[str, object]:
@@ -400,6 +577,39 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--network", nargs="+", default=["vgg16", "resnet50"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=7, help="how often each case runs")
+    about = "training steps with accumulation, and with the drop layer, against steps without"
+    parser = _add(kinds, "oaa", _bench_oaa, about)
+    parser.add_argument("--network", nargs="+", default=["scenes", "squeezenet1_1"])
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
+    parser.add_argument("--size", type=int, help="height and width; the network's usual ones")
+    parser.add_argument("--rounds", type=int, default=15, help="how often each case runs")
+    about = "evidence trees and ablations against forward passes"
+    parser = _add(kinds, "tree", _bench_tree, about)
+    parser.add_argument("--network", nargs="+", default=["vgg16", "resnet50"])
+    parser.add_argument("--rounds", type=int, default=5, help="how often each case runs")
+    parser.add_argument("--no-ablation", action="store_true", help="leave out the ablations")
+
+
+def _bench_tree(options: argparse.Namespace) -> dict[str, object]:
+    from .bench_tree import bench_tree
+
+    result = bench_tree(
+        options.network, options.rounds, options.device, options.seed,
+        ablation=not options.no_ablation,
+    )  # fmt: skip
+    _say(str(result))
+    return result.to_json()
+
+
+def _bench_oaa(options: argparse.Namespace) -> dict[str, object]:
+    from .bench_training import bench_oaa
+
+    result = bench_oaa(
+        options.network, options.batch, options.rounds, options.device, options.seed,
+        size=options.size,
+    )  # fmt: skip
+    _say(str(result))
+    return result.to_json()
 
 
 def _bench_cam(options: argparse.Namespace) -> dict[str, object]:
@@ -439,8 +649,8 @@ def _data_list(options: argparse.Namespace) -> dict[str, object]:
     for row in rows:
         found = ", ".join(f"{count:,} {what}" for what, count in row["counts"].items())
         missing = "not there" if row["folder"] else "drawn when it is needed"
-        _say(f"{row['name']:10} {row['title']}: {found or missing}")
-        _say(f"{'':10} {row['folder'] or 'no folder'}; {row['terms']}")
+        _say(f"{row['name']:14} {row['title']}: {found or missing}")
+        _say(f"{'':14} {row['folder'] or 'no folder'}; {row['terms']}")
     return {"data": rows}
 
 
@@ -465,6 +675,35 @@ def _data_fetch(options: argparse.Namespace) -> dict[str, object]:
     return result
 
 
+# --------------------------------------------------------------------------------------- play
+
+
+def _add_play(commands: argparse._SubParsersAction) -> None:
+    about = "the evolution of a training's attention, as a page that plays without a kernel"
+    parser = _add(commands, "play", _play, about)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="folder of a training; several that watch the same pictures are compared",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="an HTML page")
+
+
+def _play(options: argparse.Namespace) -> dict[str, object]:
+    from .evolution import load_evolution
+    from .panels.player import EvolutionPlayer
+
+    evolutions = [load_evolution(run) for run in options.runs]
+    check_writable(options.out.parent)
+    player = EvolutionPlayer(evolutions)
+    player.save_html(options.out)
+    epochs = {str(each.run): len(each.epochs) for each in evolutions}
+    skipped = [f"{each.run}: {line}" for each in evolutions for line in each.skipped]
+    for line in skipped:
+        _say(line)
+    _say(f"{options.out}: {player!r}, {options.out.stat().st_size / 1000:.0f} kB")
+    return {"out": str(options.out), "epochs": epochs, "skipped": skipped}
+
+
 # --------------------------------------------------------------------------- tables and figures
 
 
@@ -473,20 +712,38 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "table", _table, about)
     parser.add_argument("id", nargs="?", metavar="ID", help="for instance 3.1")
     parser.add_argument("--list", action="store_true", help="name every table")
-    parser.add_argument("--data", choices=("scenes", "ilsvrc", "cub"), default="scenes")
-    parser.add_argument("--network", help="a name; if none, scenes_fc for scenes, else vgg16")
+    parser.add_argument(
+        "--data", choices=("scenes", "ilsvrc", "cub", "voc2012", "coco"), default="scenes"
+    )
+    parser.add_argument("--network", help="a name; if none, a small one for scenes, else vgg16")
     parser.add_argument("--weights", default="auto", help="auto, random or a file")
     parser.add_argument("--data-root", type=Path, help="folder of the data sets and weights/")
     parser.add_argument("--limit", type=int, help="at most so many pictures")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these rows")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where a stopped table goes on")
     parser.add_argument(
-        "--preset", choices=("thesis", "released", "literature"), default="thesis",
-        help="whose choices where the sources differ",
+        "--preset", choices=("thesis", "released", "literature"),
+        help="chapters 3, 4: whose choices where the sources differ; thesis if not given",
     )  # fmt: skip
     parser.add_argument(
-        "--gradient-at", choices=get_args(GradientAt), help="in place of the preset's choice"
+        "--methods", nargs="+", metavar="METHOD", help="chapter 3: only these rows"
     )
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where a stopped table goes on")
+    parser.add_argument(
+        "--gradient-at", choices=get_args(GradientAt),
+        help="chapter 3: in place of the preset's choice",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", choices=("auto", "fixed", "held_out"),
+        help="chapter 3: of boxes: the preset's, or chosen on the other half; auto: fixed for "
+        "vgg16 alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--channels", metavar="N", help="chapter 3: of each stage in Score-CAM, or all; 64"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="chapter 3: pictures at once; another number measures anew; 8"
+    )
+    parser.add_argument("--epochs", type=int, help="chapter 4: of each training")
+    parser.add_argument("--repeats", type=int, help="chapter 4: trainings of each row; 1")
 
 
 def _table(options: argparse.Namespace) -> dict[str, object]:
@@ -496,13 +753,22 @@ def _table(options: argparse.Namespace) -> dict[str, object]:
         return {"tables": _listed(table_names())}
     if options.id is None:
         raise ValueError("expected the ID of a table, got none; see attnviz table --list")
+    names = ("preset", "methods", "gradient_at", "threshold", "channels", "batch", "epochs",
+             "repeats")  # fmt: skip
+    given = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "channels" in given:
+        text = given["channels"]
+        if text != "all" and not text.isdecimal():
+            raise ValueError(f"expected --channels as a number or all, got {text!r}")
+        given["channels"] = None if text == "all" else int(text)
     table = make_table(
         options.id, data=options.data, network=options.network, weights=options.weights,
-        data_root=options.data_root, limit=options.limit, seed=options.seed,
-        preset=options.preset, gradient_at=options.gradient_at, methods=options.methods,
-        device=_device(options), cache=options.cache,
+        data_root=options.data_root, limit=options.limit, seed=options.seed, cache=options.cache,
+        device=_device(options), **given,
     )  # fmt: skip
-    _say(str(table))
+    if _is_first():
+        _say(str(table))
     return table.to_json()
 
 
@@ -519,6 +785,7 @@ def _add_figure(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--list", action="store_true", help="name every figure")
     parser.add_argument("--network", help="a name; a bundled one if none")
     parser.add_argument("--pictures", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help="of chapter 4")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".pdf, .svg or .png")
 
 
@@ -533,8 +800,9 @@ def _figure(options: argparse.Namespace) -> dict[str, object]:
         raise ValueError(f"expected --out as .pdf, .svg or .png, got {str(options.out)!r}")
     check_writable(options.out.parent)
     sheet = make_figure(
-        options.id, network=options.network, pictures=options.pictures, seed=options.seed
-    )
+        options.id, network=options.network, pictures=options.pictures, runs=options.runs,
+        seed=options.seed,
+    )  # fmt: skip
     kind = options.out.suffix[1:]
     write_whole(options.out, lambda target: sheet.savefig(target, format=kind))
     _say(str(options.out))

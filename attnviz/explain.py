@@ -319,12 +319,16 @@ def excitation_backprop(
 
 def provenance(net: Staged) -> dict[str, object]:
     """Returns what is needed to repeat a result: network, weights and versions."""
-    versions = {
+    return {"network": net.name, **net.provenance, "versions": package_versions()}
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    return {
         "attnviz": __version__,
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
     }
-    return {"network": net.name, **net.provenance, "versions": versions}
 
 
 def _collect(

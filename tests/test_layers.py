@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"data", "figures", "panels", "probes", "training"}
+PACKAGES = {"data", "figures", "panels", "tables", "probes", "training"}
 LEVELS = [  # a module imports only from levels above it in this list
-    {"cam", "localize", "metrics", "colors", "images", "graphs"},
-    {"stages", "excitation", "perturb", "data"},
-    {"networks"},
+    {"cam", "localize", "metrics", "colors", "images", "graphs", "oaa", "gap"},
+    {"stages", "excitation", "perturb", "evolution", "memory", "data"},
+    {"networks", "crops"},
     {"explain"},
+    {"tree"},
     {"probes", "training"},
     {"panels", "figures", "bench"},
-    {"tables"},
+    {"tables", "bench_training", "bench_tree"},
     {"cli"},
 ]
 

@@ -19,7 +19,7 @@ import attnviz.training.classifier as training
 from attnviz.data.scenes import Scenes
 from attnviz.metrics import mean_average_precision
 from attnviz.networks import bundled_folder, load_network
-from attnviz.training import TrainConfig, one_cycle, train_classifier
+from attnviz.training import TrainConfig, one_cycle, runs, train_classifier
 
 ROOT = Path(__file__).parent.parent
 SMALL = TrainConfig(
@@ -123,7 +123,8 @@ def test_half_written_file_of_a_killed_run_is_ignored(run, tmp_path):
 
 
 def test_finished_run_is_left_as_it_is(run, monkeypatch):
-    monkeypatch.setattr(training, "_write", None)
+    monkeypatch.setattr(runs, "write_whole", None)
+    monkeypatch.setattr(training, "write_whole", None)
     assert train_classifier(SMALL, run, resume=True, progress=False) == run
 
 
@@ -254,10 +255,10 @@ def test_one_cycle_rises_for_15_percent_then_falls_to_zero():
 
 def test_batches_hold_every_image_once_and_are_whole():
     order = torch.randperm(11)
-    batches = training._batches(order, 4)
+    batches = runs.batches(order, 4)
     assert [len(batch) for batch in batches] == [4, 4]
     assert torch.equal(torch.cat(batches), order[:8])
-    assert [len(batch) for batch in training._batches(order, 20)] == [11]
+    assert [len(batch) for batch in runs.batches(order, 20)] == [11]
 
 
 # ----------------------------------------------------------------------------------------- config

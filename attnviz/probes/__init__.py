@@ -1,5 +1,25 @@
-"""Probes of a network: what changes when something in it, or in the picture, is changed."""
+"""Probes of a network: what changes when something in it, or in the picture, is changed.
 
+Named here are those of pictures. Those of channels and decisions are modules of their own:
+:mod:`~attnviz.probes.pearson` (does removal agree with contributions),
+:mod:`~attnviz.probes.channels` (what a channel responds to),
+:mod:`~attnviz.probes.context` (on which parts and contexts),
+:mod:`~attnviz.probes.surrogate` and :mod:`~attnviz.probes.importance` (what is left without some
+channels), :mod:`~attnviz.probes.sanity` and :mod:`~attnviz.probes.saliency` (random weights and
+labels, other methods), :mod:`~attnviz.probes.diagnosis` and :mod:`~attnviz.probes.adversarial`
+(failures and attacks).
+"""
+
+from .deletion import Curves, average_drop, deletion_curves
 from .occlusion import Fill, gradient_variance, occlude, occlusion_scores, occlusion_table
 
-__all__ = ["Fill", "gradient_variance", "occlude", "occlusion_scores", "occlusion_table"]
+__all__ = [
+    "Curves",
+    "Fill",
+    "average_drop",
+    "deletion_curves",
+    "gradient_variance",
+    "occlude",
+    "occlusion_scores",
+    "occlusion_table",
+]

@@ -9,24 +9,16 @@ A run is a folder: ``config.json``, ``checkpoint.pt`` (after every epoch), ``his
 the end, ``network.safetensors`` with its card ``network.md`` and ``metrics.json``.
 """
 
-import csv
 import hashlib
-import io
-import json
 import math
-import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Literal
 
-import safetensors.torch
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -36,14 +28,32 @@ from .. import __version__
 from ..data.scenes import Scenes
 from ..metrics import average_precision
 from ..networks import FiveStage
+from .runs import (
+    Device,
+    Precision,
+    batches,
+    check_choices,
+    check_counts,
+    check_rates,
+    epoch_seed,
+    json_bytes,
+    network_bytes,
+    normalized,
+    one_cycle,
+    open_run,
+    reproducible,
+    resolved,
+    save_run,
+    start_fabric,
+    table,
+    write_whole,
+)
 
-__all__ = ["TrainConfig", "one_cycle", "train_classifier"]
+__all__ = ["TrainConfig", "train_classifier"]
 
 Network = Literal["scenes_fc", "scenes_conv"]
 Data = Literal["scenes"]
 Objects = Literal["few", "several", "both"]
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -82,37 +92,14 @@ class TrainConfig:
     """Processor threads. A larger number is faster on an idle machine and rounds differently."""
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("network", Network), ("data", Data), ("objects", Objects), ("device", Device),
-            ("precision", Precision),
-        ):  # fmt: skip
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"expected `{name}` in {get_args(kind)}, got {getattr(self, name)!r}; "
-                    "choose one of these"
-                )
-        for name, low in (
-            ("images", 2), ("validation_images", 1), ("limit", 2), ("size", 32), ("epochs", 1),
-            ("batch_size", 2), ("seed", 0), ("threads", 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name == "limit":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(
-                    f"expected `{name}` as an integer, got {value!r}; give a whole number"
-                )
-            if value < low:
-                raise ValueError(
-                    f"expected `{name}` of at least {low}, got {value}; give a larger number"
-                )
-        for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"expected `{name}` as a number of at least 0, got {value}; try "
-                    f"{TrainConfig.__dataclass_fields__[name].default}"
-                )
+        check_choices(
+            self, network=Network, data=Data, objects=Objects, device=Device, precision=Precision
+        )
+        check_counts(
+            self, images=2, validation_images=1, limit=2, size=32, epochs=1, batch_size=2, seed=0,
+            threads=1,
+        )  # fmt: skip
+        check_rates(self, learning_rate=math.inf, weight_decay=math.inf)
         if self.size % 16:
             raise ValueError(
                 f"expected `size` as a multiple of 16, got {self.size}; "
@@ -165,11 +152,11 @@ def train_classifier(
             missing, or the loss is not finite.
     """
     out = Path(out)
-    fabric = _fabric(config)
-    state = _open_run(config, out, resume, fabric)
+    fabric = start_fabric(config)
+    state = open_run(config, out, resume, fabric, ("task", "optimizer"))
     if state and state["epoch"] == config.epochs and (out / "network.md").is_file():
         return out
-    with _reproducible(config, fabric):
+    with reproducible(config, fabric):
         torch.manual_seed(config.seed)
         model = FiveStage(len(Scenes.class_names), config.head, config.size)
         task = _Task(model).to(memory_format=torch.channels_last)
@@ -200,20 +187,6 @@ def train_classifier(
             _write_network(out, config, model, state, fabric)
         fabric.barrier()
     return out
-
-
-def one_cycle(progress: float) -> float:
-    """Returns the learning rate at a share of the training, as a share of the largest.
-
-    Two half cosines: from 1/25 up to 1 over the first 15 %, then down to 0.
-
-    References:
-        Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates
-        (Smith and Topin, 2017), https://arxiv.org/abs/1708.07120.
-    """
-    if progress < 0.15:
-        return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * progress / 0.15)) / 2
-    return (1 + math.cos(math.pi * (progress - 0.15) / 0.85)) / 2
 
 
 # ---------------------------------------------------------------------------------------- loop
@@ -250,15 +223,15 @@ def _train_epoch(
 ) -> dict[str, float]:
     images, targets = train
     epoch, start = state["epoch"], perf_counter()
-    generator = torch.Generator().manual_seed(_epoch_seed(config.seed, epoch))
-    torch.manual_seed(_epoch_seed(config.seed, epoch) + fabric.global_rank)  # dropout
+    generator = torch.Generator().manual_seed(epoch_seed(config.seed, epoch))
+    torch.manual_seed(epoch_seed(config.seed, epoch) + fabric.global_rank)  # dropout
     order = torch.randperm(len(images), generator=generator).to(images.device)
     flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    batches = _batches(order, config.batch_size)
+    parts = batches(order, config.batch_size)
     total = torch.zeros((), device=images.device)
     task.train()
-    for step, batch in enumerate(batches):
-        rate = config.learning_rate * one_cycle((epoch + step / len(batches)) / config.epochs)
+    for step, batch in enumerate(parts):
+        rate = config.learning_rate * one_cycle((epoch + step / len(parts)) / config.epochs)
         for group in optimizer.param_groups:
             group["lr"] = rate
         mine = batch[fabric.global_rank :: fabric.world_size]
@@ -269,7 +242,7 @@ def _train_epoch(
         optimizer.step()
         total += loss.detach()
         bar.update(len(batch))
-        if step % 20 == 19 or step + 1 == len(batches):
+        if step % 20 == 19 or step + 1 == len(parts):
             mean = total.item() / (step + 1)
             if not math.isfinite(mean):
                 raise ValueError(
@@ -281,7 +254,7 @@ def _train_epoch(
     return {
         "epoch": epoch + 1,
         "loss": mean,
-        "images_per_second": sum(map(len, batches)) / seconds,
+        "images_per_second": sum(map(len, parts)) / seconds,
         "seconds": seconds,
     }
 
@@ -313,26 +286,11 @@ def _validate(
 
 
 def _normalized(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    mean, std = (
-        torch.tensor(part, device=pixels.device)[:, None, None]
-        for part in (FiveStage.mean, FiveStage.std)
-    )
-    values = (pixels.float() / 255 - mean) / std
-    return values.contiguous(memory_format=torch.channels_last)
-
-
-def _batches(order: Int[Tensor, " b"], batch_size: int) -> Sequence[Int[Tensor, " n"]]:
-    # Whole batches only; what is left over differs from epoch to epoch.
-    whole = len(order) // batch_size * batch_size
-    return order[:whole].split(batch_size) if whole else (order,)
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch + 1) * 1009
+    return normalized(pixels, FiveStage.mean, FiveStage.std)
 
 
 def _bar(config: TrainConfig, count: int, state: dict, shown: bool) -> tqdm:
-    seen = sum(map(len, _batches(torch.arange(count), config.batch_size)))
+    seen = sum(map(len, batches(torch.arange(count), config.batch_size)))
     return tqdm(
         desc=config.network, total=seen * config.epochs, initial=seen * state["epoch"],
         unit=" images", disable=not shown, mininterval=0.5,
@@ -376,133 +334,12 @@ def _drawn(
     return images.contiguous(memory_format=torch.channels_last), targets
 
 
-# ---------------------------------------------------------------------------------- conditions
-
-
-def _resolved(config: TrainConfig) -> tuple[Literal["cpu", "cuda"], str]:
-    # The device and Fabric's name of the precision that "auto" stands for here.
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise ValueError("expected a CUDA device for `device` 'cuda', got none; use 'cpu'")
-    device = "cuda" if cuda and config.device != "cpu" else "cpu"
-    precision = config.precision
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device == "cuda" else _computes_bfloat16()
-        precision = "bf16" if fast else "32"
-    return device, {"32": "32-true", "bf16": "bf16-mixed"}[precision]
-
-
-def _fabric(config: TrainConfig) -> Fabric:
-    device, precision = _resolved(config)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # what torchrun says
-    nodes = int(os.environ.get("WORLD_SIZE", "1")) // local
-    fabric = Fabric(accelerator=device, devices=local, num_nodes=nodes, precision=precision)
-    fabric.launch()
-    if config.batch_size % fabric.world_size:
-        raise ValueError(
-            f"expected `batch_size` as a multiple of the {fabric.world_size} processes, "
-            f"got {config.batch_size}; change one of the two"
-        )
-    return fabric
-
-
-def _computes_bfloat16() -> bool:
-    # Without these instructions a processor imitates bfloat16, ten times slower than float32.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-@contextmanager
-def _reproducible(config: TrainConfig, fabric: Fabric) -> Iterator[None]:
-    # Leaves no trace: random states, thread number and flags are as before when it ends.
-    threads = torch.get_num_threads()
-    devices = [fabric.device] if fabric.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-    ):
-        torch.set_num_threads(config.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-# ------------------------------------------------------------------------------ the run's folder
-
-
-def _open_run(config: TrainConfig, out: Path, resume: bool, fabric: Fabric) -> dict | None:
-    # The state after the run's last whole epoch, or None for a new run.
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(
-            f"expected `out` as a folder, got the file {str(out)!r}; name another"
-        )
-    path = out / "checkpoint.pt"
-    found = path.is_file()
-    fabric.barrier()  # nobody writes before all have looked
-    if not found and not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        return None
-    if not found:
-        raise FileNotFoundError(
-            f"expected a run to resume in {str(out)!r}, got no checkpoint.pt there; "
-            "start it without `resume`"
-        )
-    if not resume:
-        raise FileExistsError(
-            f"expected no run in `out`, got {str(out)!r}, which holds one; "
-            "pass `resume` (--resume) to continue it, or name another folder"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "task", "optimizer"} - state.keys()
-        if missing:
-            raise ValueError(f"it lacks {sorted(missing)}")
-    except (
-        OSError, RuntimeError, ValueError, EOFError, AttributeError, UnpicklingError
-    ) as error:  # fmt: skip
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"expected the checkpoint of a run, got {str(path)!r}, which could not be read "
-            f"({reason[0]}); delete the run and start again"
-        ) from error
-    before, now = state["config"], asdict(config)
-    changed = [name for name in now if before.get(name) != now[name]]
-    if changed:
-        stated = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
-        given = ", ".join(f"{name} {now[name]!r}" for name in changed)
-        raise ValueError(
-            f"expected the config of the run in {str(out)!r} ({stated}), got {given}; "
-            "resume it as it was, or name another folder"
-        )
-    return state
-
-
 def _save_epoch(
     out: Path, state: dict, task: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric
 ) -> None:
     if fabric.is_global_zero:
-        file = io.BytesIO()
-        weights = {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, **weights}, file)
-        _write(out / "checkpoint.pt", file.getvalue())
-        _write(out / "config.json", json.dumps(state["config"], indent=2).encode() + b"\n")
-        if state["history"]:
-            table = io.StringIO()
-            writer = csv.DictWriter(table, state["history"][0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(state["history"])
-            _write(out / "history.csv", table.getvalue().encode())
+        save_run(out, state, task=task, optimizer=optimizer)
     fabric.barrier()
-
-
-def _write(path: Path, content: bytes) -> None:
-    # All or nothing: a reader, or a process killed here, finds the old file or the new one.
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 # ------------------------------------------------------------------------------- network and card
@@ -521,25 +358,11 @@ def _write_network(
         "mean_average_precision": (
             f"{metrics['mean_average_precision']:.4f} on {metrics['images']} validation images"
         ),
-        "versions": f"attnviz {__version__}, torch {torch.__version__.split('+')[0]}",
     }
-    weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    content = _sorted_header(safetensors.torch.save(weights, metadata))
-    _write(out / "network.safetensors", content)
-    _write(out / "metrics.json", json.dumps(metrics, indent=2).encode() + b"\n")
-    _write(out / "network.md", _card(config, model, state, fabric, content).encode())
-
-
-def _sorted_header(content: bytes) -> bytes:
-    # safetensors writes its metadata in random order; sorted, equal weights are equal files.
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    content = network_bytes(model.state_dict(), metadata)
+    write_whole(out / "network.safetensors", content)
+    write_whole(out / "metrics.json", json_bytes(metrics))
+    write_whole(out / "network.md", _card(config, model, state, fabric, content).encode())
 
 
 def _kinds(config: TrainConfig, images: int) -> str:
@@ -555,7 +378,7 @@ def _card(
         "fc": "a hidden layer on the flattened last stage",
         "conv": "one 1 x 1 convolution per class on the last stage, averaged",
     }[config.head]
-    device, precision = _resolved(config)
+    device, precision = resolved(config)
     seconds = sum(row["seconds"] for row in state["history"])
     facts = {
         "data": f"*{config.data}*, **generated**: drawn from the seed by `attnviz.data.scenes`",
@@ -590,15 +413,10 @@ def _card(
         size=config.size,
         head=head,
         command=config.command,
-        facts=_table(("", ""), facts.items()),
-        overall=_table(("validation images", "n", "mean average precision"), overall),
-        classes=_table(("class", "images that show it", "average precision"), classes),
+        facts=table(("", ""), facts.items()),
+        overall=table(("validation images", "n", "mean average precision"), overall),
+        classes=table(("class", "images that show it", "average precision"), classes),
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    shown = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *shown])
 
 
 _CARD = """# {network}

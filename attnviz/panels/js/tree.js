@@ -1042,7 +1042,7 @@ function build(model, el) {
 
   // ------------------------------------------------------------------------- what is selected
   function makeDetail() {
-    const title = element("h3", { class: "attnviz-detail-title" });
+    const title = element("div", { class: "attnviz-detail-title" });
     const trail = element("nav", { class: "attnviz-trail", "aria-label": "Path to the decision" });
     const canvas = element("canvas", { role: "img", class: "attnviz-map" });
     const marks = element("svg", { "aria-hidden": "true" });
@@ -1188,7 +1188,7 @@ function build(model, el) {
       bars.hidden = !histogram;
       if (!histogram) return;
       const most = Math.max(...histogram.map(([, value]) => value), 1e-9);
-      bars.replaceChildren(element("h4", {}, "Classes whose top evidence it is"),
+      bars.replaceChildren(element("div", { class: "attnviz-histogram-title" }, "Classes whose top evidence it is"),
         ...histogram.map(([name, value]) => {
           const bar = element("span", { class: "attnviz-bar" }, element("i"));
           const row = element("div", { class: "attnviz-histogram-row" },

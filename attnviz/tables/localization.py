@@ -1,8 +1,8 @@
-"""The tables of the thesis: the numbers it printed beside those of a network and data at hand.
+"""The tables of chapter 3: attention maps, boxes and what they hit.
 
-:func:`make_table` runs a network over a data set and returns a :class:`Table`. What is measured
-on a picture is written to a cache file at once, so a run that was stopped goes on where it was,
-and tables that share measurements share one pass: 3.1 to 3.7 but for Score-CAM and cMWP.
+A network is run over a data set. What is measured on a picture is written to a cache file at
+once, so a run that was stopped goes on where it was, and tables that share measurements share one
+pass: 3.1 to 3.7 but for Score-CAM and cMWP.
 
 Per picture and map only this is kept: its class's rank, and whether the box at each of
 :data:`THRESHOLDS` is right (intersection over union of at least 0.5 with a true box). Boxes are
@@ -14,29 +14,18 @@ the one before it S4, and so on; columns of stages that a network has not got st
 """
 
 import base64
-import hashlib
-import html
-import json
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
-from functools import cache as cached
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from . import __version__
-from .cam import Scaling, fuse, resize
-from .data.cub import load_cub
-from .data.folder import LabeledImage
-from .data.imagenet import load_imagenet
-from .data.scenes import CLASS_NAMES, draw_scene
-from .explain import (
+from .. import __version__
+from ..cam import Scaling, fuse, resize
+from ..explain import (
     GradientAt,
     StageMaps,
     excitation_backprop,
@@ -44,33 +33,44 @@ from .explain import (
     scorecam,
     stage_maps,
 )
-from .localize import Box, Rule, View, grabcut, join_crops, mask_to_box, simonyan, sweep_boxes
-from .localize import Preset as Crops
-from .localize import views as crop_views
-from .metrics import (
+from ..localize import Box, Rule, View, grabcut, join_crops, mask_to_box, simonyan, sweep_boxes
+from ..localize import Preset as Crops
+from ..localize import views as crop_views
+from ..metrics import (
     BoxConvention,
     best_ious,
-    bootstrap_interval,
     centered_boxes,
     choose_threshold,
     class_ranks,
     split_half,
     sweep_ious,
 )
-from .networks import data_root as find_data_root
-from .networks import load_network
-from .probes import occlusion_table
-from .stages import Staged
+from ..networks import load_network
+from ..probes import occlusion_table
+from ..stages import Staged
+from .measured import (
+    FORMAT,
+    STAGES,
+    Item,
+    Part,
+    Store,
+    check_class_ids,
+    check_classes,
+    open_items,
+    run_part,
+    stage_notes,
+    state_hash,
+    tensors,
+)
+from .table import Row, Table, mean_cell, numbers
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
+__all__ = ["METHODS", "TABLES", "THRESHOLDS", "make"]
 
-__all__ = ["METHODS", "THRESHOLDS", "Table", "make_table", "table_names"]
+TABLES = ("3.1", "3.2", "3.3", "3.4", "3.5", "3.6", "3.7", "3.8")
 
 Data = Literal["scenes", "ilsvrc", "cub"]
 PresetName = Literal["thesis", "released", "literature"]
 ThresholdRule = Literal["auto", "fixed", "held_out"]
-Row = dict[str, object]
 
 METHODS = {
     "gradcam": "GradCAM",
@@ -90,12 +90,9 @@ THRESHOLDS = np.concatenate(
 """The shares of a map's maximum at which boxes are found: finer where the best ones lie."""
 
 _SHARES = np.arange(8, 101, 2) / 100  # sides of the centered square; as many as thresholds
-_STAGES = ("S5", "S4", "S3", "S2", "S1")
-_FUSED = [_STAGES[:3], _STAGES[:4], _STAGES]  # the settings of tables 3.2 and 3.3
+_FUSED = [STAGES[:3], STAGES[:4], STAGES]  # the settings of tables 3.2 and 3.3
 _GRADIENT_METHODS = ("gradcam", "gradcam_pp", "normgrad", "layercam", "layercam_normal", "cam")
 _OCCLUDERS = ("gradcam", "gradcam_pp", "layercam")
-_FORMAT = 1  # of the cache files; another number when the same settings give other values
-_CLASS_COUNTS = {"scenes": len(CLASS_NAMES), "ilsvrc": 1000, "cub": 200}
 
 
 @dataclass(frozen=True)
@@ -120,116 +117,6 @@ _PRESETS = {
     ),
     "literature": _Preset("resize", "contour_area", "native", "plus_one", 0.20, "none", (), False),
 }
-
-
-# --------------------------------------------------------------------------------- the result
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """One table of the thesis, its numbers beside ours."""
-
-    id: str
-    """Number of the table, such as ``3.1``."""
-    title: str
-    """What it shows."""
-    data: str
-    """Name of the data set."""
-    network: str
-    """Name of the network."""
-    preset: str
-    """Whose choices were made where sources differ."""
-    seed: int
-    """Seed of generated data."""
-    versions: dict[str, str]
-    """Versions of the packages."""
-    n: int
-    """Number of pictures measured."""
-    rows: list[Row]
-    """The rows of the thesis. A number is ``{"paper", "ours", "low", "high"}``, in percent: the
-    printed one, ours and its 95 % bootstrap interval over pictures; None where there is none."""
-    extra: list[Row]
-    """Rows of the same columns that the thesis does not have: the other rule for thresholds, the
-    boxes alone (``gt_known``), the thresholds themselves, the same without graph cut."""
-    notes: list[str]
-    """What must be known to read the numbers."""
-    weights: dict[str, str]
-    """Where the network's weights come from."""
-
-    def to_json(self) -> dict[str, object]:
-        """Returns the table as plain values, for :func:`json.dump`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def to_frame(self, extra: bool = False) -> "DataFrame":
-        """Returns the rows, the thesis' numbers beside ours.
-
-        Args:
-            extra: Also the rows that the thesis does not have.
-
-        Returns:
-            One row each; columns ``(column, "paper" | "ours" | "low" | "high")``.
-        """
-        from pandas import DataFrame, MultiIndex
-
-        rows = self.rows + (self.extra if extra else [])
-        names = [name for name in self.rows[0] if isinstance(self.rows[0][name], dict)]
-        words = [name for name in self.rows[0] if name not in names]
-        kinds = ("paper", "ours", "low", "high")
-        values = [[row[name][kind] for name in names for kind in kinds] for row in rows]
-        index = MultiIndex.from_tuples([tuple(row[word] for word in words) for row in rows])
-        columns = MultiIndex.from_product([names, kinds])
-        return DataFrame(values, index.set_names(words), columns, dtype=np.float64)
-
-    def __str__(self) -> str:
-        head = f"table {self.id}: {self.title}; {self.network} on {self.data}, {self.n} images"
-        cells = [self._texts(row) for row in self.rows + self.extra]
-        widths = [max(map(len, column)) for column in zip(list(self.rows[0]), *cells, strict=True)]
-        lines = [
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-            for line in [list(self.rows[0]), *cells]
-        ]
-        lines.insert(1 + len(self.rows), "-" * max(map(len, lines)))
-        return "\n".join([head, "paper | ours [95 %]", *lines, *(f"* {n}" for n in self.notes)])
-
-    def _repr_html_(self) -> str:
-        def line(texts: Iterable[str], tag: str) -> str:
-            return f"<tr>{''.join(f'<{tag}>{html.escape(t)}</{tag}>' for t in texts)}</tr>"
-
-        head = html.escape(
-            f"Table {self.id}: {self.title}; {self.network} on {self.data}, {self.n} images. "
-            "Thesis | ours [95 %]"
-        )
-        body = "".join(line(self._texts(row), "td") for row in self.rows)
-        more = "".join(line(self._texts(row), "td") for row in self.extra)
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return (
-            f"<table><caption>{head}</caption>{line(self.rows[0], 'th')}{body}</table>"
-            f"<details><summary>{len(self.extra)} more rows</summary><table>"
-            f"{line(self.rows[0], 'th')}{more}</table></details><ul>{notes}</ul>"
-        )
-
-    @staticmethod
-    def _texts(row: Row) -> list[str]:
-        def text(cell: object) -> str:
-            if not isinstance(cell, dict):
-                return str(cell)
-            paper, ours = (
-                "-" if cell[kind] is None else f"{cell[kind]:.2f}" for kind in ("paper", "ours")
-            )
-            spread = "" if cell["low"] is None else f" [{cell['low']:.1f}, {cell['high']:.1f}]"
-            return f"{paper} | {ours}{spread}"
-
-        return [text(cell) for cell in row.values()]
-
-
-@cached
-def _numbers() -> dict[str, dict]:
-    return json.loads(Path(__file__).with_name("paper_numbers.json").read_text())
-
-
-def table_names() -> list[tuple[str, str]]:
-    """Returns the number and the title of every table that can be made."""
-    return [(name, table["title"]) for name, table in _numbers().items()]
 
 
 # ------------------------------------------------------------------------------- what to measure
@@ -287,90 +174,14 @@ def _setting(
     elif table == "3.3":
         found = _Setting(method, tuple(str(row["setting"]).split("+")), column, 1.0)
     elif table == "3.4":
-        count = _STAGES.index(column.removeprefix("+")) + 1
-        found = _Setting(method, _STAGES[:count])
+        count = STAGES.index(column.removeprefix("+")) + 1
+        found = _Setting(method, STAGES[:count])
     elif method == "layercam":  # 3.5: the best row of 3.2; 3.6: the stages are not printed
-        wanted = _STAGES[: 4 if table == "3.5" else 3]
+        wanted = STAGES[: 4 if table == "3.5" else 3]
         found = _Setting(method, tuple(stage for stage in wanted if stage in stages))
     else:
         found = _Setting(method, ("S5",))
     return found if set(found.stages) <= set(stages) else None
-
-
-# --------------------------------------------------------------------------------- the pictures
-
-
-@dataclass(frozen=True)
-class _Item:
-    image_id: str
-    class_id: int
-    boxes: tuple[Box, ...]
-    digest: str  # of what the measurements depend on besides the settings
-    read: Callable[[], np.ndarray]
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.image_id, self.digest
-
-
-def _items(
-    data: Data, root: Path, limit: int | None, seed: int, progress: bool
-) -> tuple[list[_Item], list[str]]:
-    # The pictures with a class and a box, and what there is to say about the data.
-    if data == "scenes":
-        return _scenes(200 if limit is None else limit, seed), [
-            "generated pictures: split test of scenes, few objects, only pictures whose objects "
-            "are of one class"
-        ]
-    if data == "ilsvrc":
-        images = load_imagenet(root / "ilsvrc", "val", limit=limit, progress=progress)
-        whole, split = 50_000, "validation"
-    else:
-        images = load_cub(root / "cub", "test", limit=limit, progress=progress)
-        whole, split = 5_794, "test"
-    items = [_picture(image) for image in images if image.boxes and image.class_id is not None]
-    notes = list(images.problems)
-    if len(items) < whole:
-        notes.insert(
-            0,
-            f"{len(items)} of the {whole:,} {split} pictures: not the numbers of the whole set",
-        )
-    if not items:
-        raise ValueError(f"expected pictures of {data} with a class and a box, got none")
-    return items, notes
-
-
-def _picture(image: LabeledImage) -> _Item:
-    size = image.path.stat().st_size if image.path.is_file() else None
-    facts = json.dumps([image.class_id, image.boxes, size])
-    return _Item(
-        image.image_id, image.class_id, image.boxes, _digest(facts),
-        lambda: np.array(image.read()),
-    )  # fmt: skip
-
-
-def _scenes(count: int, seed: int) -> list[_Item]:
-    items: list[_Item] = []
-    index = 0
-    while len(items) < count:
-        scene = draw_scene(index, split="test", seed=seed, objects="few")
-        if len(scene.class_ids) == 1:
-            boxes = tuple(each.box for each in scene.objects)
-            items.append(
-                _Item(
-                    scene.image_id, scene.class_ids[0], boxes, _digest(scene.image.tobytes()),
-                    lambda index=index: draw_scene(
-                        index, split="test", seed=seed, objects="few", masks=False
-                    ).image,
-                )
-            )  # fmt: skip
-        index += 1
-    return items
-
-
-def _digest(value: str | bytes) -> str:
-    value = value.encode() if isinstance(value, str) else value
-    return hashlib.sha256(value).hexdigest()[:16]
 
 
 def _views(net: Staged, size: tuple[int, int], crops: Crops) -> tuple[View, ...]:
@@ -383,22 +194,7 @@ def _views(net: Staged, size: tuple[int, int], crops: Crops) -> tuple[View, ...]
     return crop_views(size, crops, crop=side[0], resize=round(side[0] * 256 / 224))
 
 
-def _tensors(net: Staged, pixels: Sequence[np.ndarray]) -> Tensor:
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(part)[:, None, None] for part in (net.mean, net.std))
-    return ((images - mean) / std).to(net.device, net.dtype)
-
-
 # ------------------------------------------------------------------------------ measured values
-
-
-@dataclass(frozen=True)
-class _Part:
-    # A pass over the pictures: what it depends on, and one record for each picture.
-    name: str
-    facts: dict[str, object]
-    measure: Callable[[Sequence[_Item], Sequence[np.ndarray]], list[dict[str, object]]]
-    settings: tuple[_Setting | str, ...] = ()
 
 
 def _box_part(
@@ -408,9 +204,9 @@ def _box_part(
     preset: _Preset,
     run: Callable[[Tensor, list[int]], StageMaps],
     facts: Mapping[str, object],
-) -> _Part:
+) -> Part:
     # Settings of which `run` gives the maps of all stages.
-    def measure(items: Sequence[_Item], pixels: Sequence[np.ndarray]) -> list[dict]:
+    def measure(items: Sequence[Item], pixels: Sequence[np.ndarray]) -> list[dict]:
         views = [_views(net, picture.shape[:2], preset.crops) for picture in pixels]
         maps, scores = _joined_maps(net, items, pixels, views, run)
         ranks = class_ranks(scores, [item.class_id for item in items]).tolist()
@@ -440,12 +236,12 @@ def _box_part(
     names = (*settings, "square")
     facts = {"settings": [str(each) for each in names], **asdict(preset), **facts}
     facts |= {"thresholds": THRESHOLDS.tolist(), "shares": _SHARES.tolist()}
-    return _Part(name, facts, measure, names)
+    return Part(name, facts, measure, names)
 
 
 def _joined_maps(
     net: Staged,
-    items: Sequence[_Item],
+    items: Sequence[Item],
     pixels: Sequence[np.ndarray],
     views: Sequence[Sequence[View]],
     run: Callable[[Tensor, list[int]], StageMaps],
@@ -456,7 +252,7 @@ def _joined_maps(
              for view in each]  # fmt: skip
     ids = [item.class_id for item, each in zip(items, views, strict=True) for _ in each]
     found = [
-        run(_tensors(net, shown[start : start + chunk]), ids[start : start + chunk])
+        run(tensors(net, shown[start : start + chunk]), ids[start : start + chunk])
         for start in range(0, len(shown), chunk)
     ]
     scores = torch.cat([part.scores for part in found]).float().cpu()
@@ -483,7 +279,7 @@ def _joined_maps(
 
 def _field(setting: _Setting, maps: Mapping[str, list[Tensor]], size: tuple[int, int]) -> Tensor:
     # The map of a setting for every picture, at the size of the network's input.
-    chosen = [maps[setting.method][-1 - _STAGES.index(stage)] for stage in setting.stages]
+    chosen = [maps[setting.method][-1 - STAGES.index(stage)] for stage in setting.stages]
     if len(chosen) == 1:
         return resize(chosen[0], size)
     return fuse(chosen[::-1], setting.gamma, size, scaling=setting.scaling)
@@ -497,13 +293,13 @@ def _cut_ious(pixels: np.ndarray, map: Tensor, true: Sequence[Box], preset: _Pre
     return iou.repeat(len(THRESHOLDS))
 
 
-def _occlusion_part(net: Staged) -> _Part:
+def _occlusion_part(net: Staged) -> Part:
     # The network's answers to each picture, as it is and covered where a map is strong.
     deepest = [len(net.stage_names)]
 
-    def measure(items: Sequence[_Item], pixels: Sequence[np.ndarray]) -> list[dict]:
+    def measure(items: Sequence[Item], pixels: Sequence[np.ndarray]) -> list[dict]:
         views = [_views(net, picture.shape[:2], "resize")[0] for picture in pixels]
-        images = _tensors(net, [v.pixels(p) for v, p in zip(views, pixels, strict=True)])
+        images = tensors(net, [v.pixels(p) for v, p in zip(views, pixels, strict=True)])
         ids = [item.class_id for item in items]
         maps = stage_maps(net, images, ids, _OCCLUDERS, stages=deepest)
         records: list[dict] = [{} for _ in items]
@@ -516,7 +312,7 @@ def _occlusion_part(net: Staged) -> _Part:
                 ]  # fmt: skip
         return records
 
-    return _Part("occlusion", {"threshold": 0.7, "fill": "mean"}, measure)
+    return Part("occlusion", {"threshold": 0.7, "fill": "mean"}, measure)
 
 
 def _packed(hits: np.ndarray) -> str:
@@ -527,113 +323,6 @@ def _unpacked(text: str, rows: int) -> np.ndarray:
     count = rows * len(THRESHOLDS)
     bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count)
     return bits.reshape(rows, -1).astype(bool)
-
-
-# ------------------------------------------------------------------------------ runs and caches
-
-
-class _Store:
-    """The records of one part, one line of JSON a picture, in one file a process."""
-
-    def __init__(self, folder: Path, name: str, facts: Mapping[str, object]) -> None:
-        key = _digest(json.dumps(facts, sort_keys=True))
-        self.folder, self.stem = folder, f"{name}-{key}"
-        self.own = folder / f"{self.stem}.{_process()[0]}.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not self.own.exists():
-                self._append([{"facts": facts}])
-        except OSError as error:
-            raise OSError(
-                f"expected `cache` as a folder that can be written to, got {str(folder)!r} "
-                f"({error.strerror}); choose another one"
-            ) from error
-        data = self.own.read_bytes()
-        if not data.endswith(b"\n"):  # a line that was being written when the run was stopped
-            with self.own.open("r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
-
-    def load(self) -> dict[tuple[str, str], dict]:
-        """Returns the last record of each picture as it was then, of all processes."""
-        found: dict[tuple[str, str], dict] = {}
-        for path in sorted(self.folder.glob(f"{self.stem}.*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if "id" in record:
-                    found[record["id"], record["digest"]] = record
-        return found
-
-    def add(self, records: Sequence[dict]) -> None:
-        self._append(records)
-
-    def _append(self, records: Sequence[dict]) -> None:
-        text = "".join(json.dumps(record, ensure_ascii=True) + "\n" for record in records)
-        with self.own.open("a", encoding="utf-8") as file:
-            file.write(text)
-
-
-def _process() -> tuple[int, int]:
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _run(
-    part: _Part, items: Sequence[_Item], store: _Store, batch: int, progress: bool
-) -> tuple[dict[str, dict], list[str]]:
-    # The record of every picture that can be read, and the names of the others. A batch is
-    # always the same pictures, so that a stopped run gives the same values to the last bit.
-    rank, world = _process()
-    records = store.load()
-    unread: list[str] = []
-    starts = list(range(0, len(items), batch))[rank::world]
-    bar = tqdm(starts, part.name, unit="batch", delay=2, disable=not progress or rank > 0)
-    for start in bar:
-        block = items[start : start + batch]
-        pixels = {item.key: _read(item) for item in block if item.key not in records}
-        unread += [item.image_id for item in block if pixels.get(item.key, ...) is None]
-        if all(picture is None for picture in pixels.values()):  # or there is none
-            continue
-        for item in block:
-            if item.key in records:
-                pixels[item.key] = _read(item)
-        readable = [item for item in block if pixels[item.key] is not None]
-        measured = part.measure(readable, [pixels[item.key] for item in readable])
-        new = [
-            {"id": item.image_id, "digest": item.digest, **values}
-            for item, values in zip(readable, measured, strict=True)
-        ]
-        store.add(new)
-        records |= {(record["id"], record["digest"]): record for record in new}
-    if world > 1:
-        _wait()
-        records = store.load()
-        unread = [item.image_id for item in items if item.key not in records]
-    return {item.image_id: records[item.key] for item in items if item.key in records}, unread
-
-
-def _read(item: _Item) -> np.ndarray | None:
-    try:
-        return item.read()
-    except (ValueError, OSError):  # reported at the end
-        return None
-
-
-def _wait() -> None:
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo")
-    distributed.barrier()
-
-
-def _state_hash(net: Staged) -> str:
-    digest = hashlib.sha256()
-    for name, value in net.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------ from hits to rows
@@ -677,18 +366,6 @@ class _Hits:
         return right if most is None else right & (self.ranks < most)
 
 
-def _cell(paper: object, values: np.ndarray | None = None) -> dict[str, float | None]:
-    # A number of the thesis beside the mean of values from 0 to 1, in percent.
-    cell = {"paper": paper, "ours": None, "low": None, "high": None}
-    if values is None or not len(values):
-        return cell
-    numbers = values.astype(np.float64)
-    resamples = min(2000, max(200, 20_000_000 // len(numbers)))
-    low, high = bootstrap_interval(numbers, resamples=resamples)
-    shown = {"ours": numbers.mean(), "low": low, "high": high}
-    return cell | {name: round(100 * float(value), 2) for name, value in shown.items()}
-
-
 def _box_rows(
     table: str,
     paper: Sequence[Mapping[str, object]],
@@ -716,13 +393,13 @@ def _box_rows(
             setting = find(row, column, cut)
             name = metric or str(row["metric"] if by_row else column)
             values = None if setting is None else measured.counted(setting, name, rule)
-            cells[column] = _cell(None, values)
+            cells[column] = mean_cell(None, values)
         return cells
 
     def single(row: Mapping[str, object], value: Callable[[_Setting], float | None]) -> Row:
         found = {column: find(row, column) for column in columns}
         return {
-            column: _cell(None) | {"ours": None if setting is None else value(setting)}
+            column: mean_cell(None) | {"ours": None if setting is None else value(setting)}
             for column, setting in found.items()
         }
 
@@ -781,13 +458,13 @@ def _occlusion_rows(
     for row in paper:
         measure = measures[str(row["metric"])]
         rows.append({"metric": row["metric"]} | {
-            name: _cell(row[name], measure(kept[name])) for name in names
+            name: mean_cell(row[name], measure(kept[name])) for name in names
         })  # fmt: skip
         extra.append({"metric": f"{row['metric']} of those classified right"} | {
-            name: _cell(None, measure(values[name][right])) for name in names
+            name: mean_cell(None, measure(values[name][right])) for name in names
         })  # fmt: skip
     extra.append({"metric": "covered area"} | {
-        name: _cell(None, values[name][right, 2]) for name in names
+        name: mean_cell(None, values[name][right, 2]) for name in names
     })  # fmt: skip
     return rows, extra
 
@@ -795,96 +472,51 @@ def _occlusion_rows(
 # ------------------------------------------------------------------------------------ the tables
 
 
-def make_table(
+def make(
     id: str,
     *,
-    data: Data = "scenes",
-    network: str | Staged | None = None,
-    weights: str | Path = "auto",
-    data_root: str | Path | None = None,
-    limit: int | None = None,
-    seed: int = 0,
+    data: Data,
+    network: str | Staged | None,
+    weights: str | Path,
+    root: Path,
+    limit: int | None,
+    seed: int,
+    device: str | torch.device,
+    cache: Path,
+    progress: bool,
     preset: PresetName = "thesis",
     threshold: ThresholdRule = "auto",
     gradient_at: GradientAt | None = None,
     methods: Sequence[str] | None = None,
     channels: int | None = 64,
     batch: int = 8,
-    device: str | torch.device = "cpu",
-    cache: str | Path | None = None,
-    progress: bool = True,
 ) -> Table:
-    """Makes one table of the thesis with a network and data of one's own.
-
-    Args:
-        id: Number of the table; see :func:`table_names`.
-        data: ``ilsvrc`` or ``cub``, folders of the data root, or the generated ``scenes``.
-        network: A name for :func:`attnviz.load_network`, or a network that is loaded; the
-            bundled ``scenes_fc`` or ``vgg16`` if None.
-        weights: See :func:`attnviz.load_network`.
-        data_root: Folder of the data sets; see :func:`attnviz.networks.data_root`.
-        limit: Take only so many pictures; all if None, 200 of the scenes.
-        seed: Number of the generated data set.
-        preset: Whose choices are made where sources differ. ``thesis``: the picture squeezed to
-            the network's input, the gradient of the activation itself, the largest component
-            above 15 % of the maximum, the graph cut of Simonyan et al. for LayerCAM in S1 and
-            S2. ``released``: ten crops, the gradient after the pooling, the largest rectangle,
-            grabCut in S1 to S3. ``literature``: as ``thesis``, but the largest contour above
-            20 %, no graph cut.
-        threshold: Which threshold the rows show; the other is in ``extra``. ``fixed``: the
-            preset's, 5 % in table 3.6. ``held_out``: for each picture the one that is best on
-            the half of the pictures it is not in. ``auto``: ``fixed`` for VGG16, for which the
-            15 % were chosen, ``held_out`` for every other network.
-        gradient_at: Where the gradient is taken, in place of the preset's choice; see
-            :func:`attnviz.stage_maps`. Before a max-pooling it makes a large difference.
-        methods: Keys of :data:`METHODS` to compute; all of the table if None. Score-CAM takes
-            by far the longest.
-        channels: How many channels Score-CAM uses in each stage, those of highest variance; all
-            if None.
-        batch: Pictures in one forward pass.
-        device: Where the network runs.
-        cache: Folder for the measurements; a stopped run goes on from there. ``attnviz/tables``
-            in the user's cache folder if None.
-        progress: Show progress bars.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: There is no such table, an argument is out of range, or the network does not
-            know the data's classes.
-        FileNotFoundError: The data set or the weights are not there.
-
-    References:
-        Thesis sections 3.4.1 and 3.4.2.
-    """
-    _check(id, data, preset, threshold, gradient_at, methods, limit, channels, batch)
-    root = find_data_root(data_root)
-    items, notes = _items(data, root, limit, seed, progress)  # before weights are downloaded
+    """Makes one table of chapter 3; see :func:`attnviz.tables.make_table`."""
+    _check(id, data, preset, threshold, gradient_at, methods, channels, batch)
+    items, notes = open_items(data, root, limit, seed, progress)  # before weights are downloaded
     if network is None:
         network = "scenes_fc" if data == "scenes" else "vgg16"
     net = network
     if not isinstance(net, Staged):
         net = load_network(network, weights, data=root, device=device)
-    _check_classes(net, data)
-    _check_class_ids(net, items, data)
+    check_classes(net, data)
+    check_class_ids(net, items, data)
     choices = _PRESETS[preset]
     if gradient_at is not None:
         choices = replace(choices, gradient_at=gradient_at)
-    stages = _STAGES[: len(net.stage_names)]
+    stages = STAGES[: len(net.stage_names)]
     parts = _parts(id, net, stages, choices, methods, channels, batch)
-    folder = _cache_folder() if cache is None else Path(cache)
     common = {
-        "format": _FORMAT, "attnviz": __version__, "network": net.name,
-        "weights": _state_hash(net), "stages": list(net.stage_names), "data": data,
+        "format": FORMAT, "attnviz": __version__, "network": net.name,
+        "weights": state_hash(net), "stages": list(net.stage_names), "data": data,
         "seed": seed if data == "scenes" else None, "batch": batch,
         "image_size": net.image_size, "mean": net.mean, "std": net.std,
     }  # fmt: skip
     found, unread = {}, {}
     for part in parts:
         facts = common | part.facts
-        store = _Store(folder, f"{part.name}-{net.name}-{data}", facts)
-        found[part.name], failed = _run(part, items, store, batch, progress)
+        store = Store(cache, f"{part.name}-{net.name}-{data}", facts)
+        found[part.name], failed = run_part(part, items, store, batch, progress)
         unread |= dict.fromkeys(failed)
     ids = [item.image_id for item in items if item.image_id not in unread]
     if not ids:
@@ -892,7 +524,7 @@ def make_table(
     if unread:
         shown = ", ".join(list(unread)[:5])
         notes.append(f"{len(unread)} pictures could not be read and are left out: {shown}")
-    paper = _numbers()[id]["rows"]
+    paper = numbers()[id]["rows"]
     if id == "3.8":
         rows, extra = _occlusion_rows(paper, {i: found["occlusion"][i] for i in ids})
         notes += _occlusion_notes()
@@ -904,9 +536,9 @@ def make_table(
             rule = "fixed" if net.name == "vgg16" else "held_out"
         rows, extra = _box_rows(id, paper, measured, stages, choices, rule)
         notes += _box_notes(id, measured, rule, choices, preset, methods, channels)
-    notes += _stage_notes(net, stages, id)
+    notes += stage_notes(net, stages, id)
     return Table(
-        id=id, title=_numbers()[id]["title"], data=data, network=net.name, preset=preset,
+        id=id, title=numbers()[id]["title"], data=data, network=net.name, preset=preset,
         seed=seed, versions=dict(provenance(net)["versions"]), n=len(ids), rows=rows,
         extra=extra, notes=notes, weights=dict(net.provenance),
     )  # fmt: skip
@@ -920,7 +552,7 @@ def _parts(
     methods: Sequence[str] | None,
     channels: int | None,
     batch: int,
-) -> list[_Part]:
+) -> list[Part]:
     # The passes that a table needs. Numbers of stages count from the shallowest.
     if id == "3.8":
         return [_occlusion_part(net)]
@@ -956,7 +588,7 @@ def _parts(
 
 
 def _collect(
-    parts: Sequence[_Part],
+    parts: Sequence[Part],
     found: Mapping[str, Mapping[str, dict]],
     ids: list[str],
     fixed: float,
@@ -975,16 +607,11 @@ def _collect(
     return _Hits(hits, ranks, ids, fixed)
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "attnviz" / "tables"
-
-
 # ----------------------------------------------------------------------------------------- notes
 
 
 def _share(values: np.ndarray) -> str:
-    cell = _cell(None, values)
+    cell = mean_cell(None, values)
     return f"{cell['ours']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
 
 
@@ -1061,21 +688,6 @@ def _occlusion_notes() -> list[str]:
     ]
 
 
-def _stage_notes(net: Staged, stages: Sequence[str], id: str) -> list[str]:
-    names = net.stage_names[-len(stages) :][::-1]
-    pairs = ", ".join(f"{stage} = {name}" for stage, name in zip(stages, names, strict=True))
-    notes = []
-    if net.name != "vgg16":
-        notes.append(f"the thesis' network is VGG16, ours is {net.name}")
-    notes.append(f"stages, the deepest is S5: {pairs}")
-    missing = _STAGES[len(stages) :]
-    if missing and id in ("3.1", "3.2", "3.3", "3.4", "3.7"):
-        notes.append(f"{net.name} has {len(stages)} stages: numbers with {missing[0]} are empty")
-    if len(net.stage_names) > len(_STAGES):
-        notes.append(f"the {len(net.stage_names) - len(_STAGES)} shallowest stages are left out")
-    return notes
-
-
 # ---------------------------------------------------------------------------------------- checks
 
 
@@ -1086,17 +698,9 @@ def _check(
     threshold: str,
     gradient_at: str | None,
     methods: Sequence[str] | None,
-    limit: int | None,
     channels: int | None,
     batch: int,
 ) -> None:
-    names = list(_numbers())
-    if id not in names:
-        near = get_close_matches(str(id), names, n=3)
-        raise ValueError(
-            f"expected the number of a table in {', '.join(names)}, got {id!r}"
-            + (f"; the nearest are {', '.join(near)}" if near else "")
-        )
     for name, value, choices in (
         ("data", data, get_args(Data)),
         ("preset", preset, get_args(PresetName)),
@@ -1106,32 +710,8 @@ def _check(
     ):
         if value not in choices:
             raise ValueError(f"expected `{name}` in {choices}, got {value!r}")
-    for name, value in (("limit", limit), ("channels", channels), ("batch", batch)):
+    for name, value in (("channels", channels), ("batch", batch)):
         if value is not None and value < 1:
             raise ValueError(f"expected `{name}` of at least 1, got {value}")
     if id == "3.6" and data == "ilsvrc":
         raise ValueError("expected `data` in ('cub', 'scenes') for table 3.6, got 'ilsvrc'")
-
-
-def _check_classes(net: Staged, data: Data) -> None:
-    count = _CLASS_COUNTS[data]
-    if net.class_names is not None and len(net.class_names) != count:
-        raise ValueError(
-            f"expected a network of the {count} classes of {data}, got {net.name} with "
-            f"{len(net.class_names)}; name another network or other data"
-        )
-
-
-def _check_class_ids(net: Staged, items: Sequence[_Item], data: Data) -> None:
-    # A network whose classes have no names says how many there are only by its scores.
-    if net.class_names is not None:
-        return
-    height, width = (net.image_size,) * 2 if isinstance(net.image_size, int) else net.image_size
-    blank = torch.zeros(1, len(net.mean), height, width, device=net.device, dtype=net.dtype)
-    scores, last = net(blank), max(item.class_id for item in items)
-    if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] <= last:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(
-            f"expected a network with a score for each class of {data}, up to {last}, got "
-            f"{net.name} with scores {got}; name another network or other weights"
-        )

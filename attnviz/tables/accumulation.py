@@ -1,0 +1,341 @@
+"""The tables of chapter 4: trainings with accumulated attention, and the quality of their maps.
+
+A table trains what its rows compare, each training in a folder of the cache named after its
+config, so a stopped table goes on and tables share trainings. Maps are measured on the training
+images that have masks, as in the thesis: what is accumulated exists for them only.
+
+Map mIoU: a pixel is of the class, among the image's own, whose map is largest there, and
+background where all of them lie below a threshold, the best one of the half of the images that
+the image is not in. The thesis' mIoU is that of a segmentation network trained on such labels.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from ..cam import resize
+from ..explain import package_versions
+from ..memory import AttentionMemory
+from ..metrics import bootstrap_interval, split_half
+from ..networks import oaa_network
+from ..training import (
+    IntegralConfig,
+    OAAConfig,
+    integral_config,
+    oaa_config,
+    train_integral,
+    train_oaa,
+)
+from ..training.measure import masked_pairs, observe, qualities
+from ..training.oaa import Preset, opened
+from ..training.pictures import Pictures
+from ..training.runs import start_fabric
+from .table import Row, Table, numbers
+
+__all__ = ["TABLES", "make"]
+
+TABLES = ("4.5", "4.6", "4.8", "4.9", "4.10", "4.11", "4.13")
+
+_BACKGROUND = np.arange(0.05, 0.96, 0.05)
+_RESAMPLES = 500
+
+
+# ------------------------------------------------------------------------------- what is trained
+
+
+@dataclass(frozen=True)
+class _Source:
+    # Where a row's maps come from: a training, and what of it.
+    oaa: OAAConfig
+    integral: Mapping[str, object] | None = None  # changes of the config of an integral model
+    maps: str = "accumulated"  # or "final": those of the trained network
+
+
+def _sources(id: str, config: OAAConfig) -> dict[int, _Source]:
+    # What stands behind each row of the thesis, by its place; rows of other papers have none.
+    def oaa(**changes: object) -> _Source:
+        return _Source(OAAConfig(**asdict(config) | changes))
+
+    plain, drop = oaa(), oaa(drop="image")
+    final = _Source(plain.oaa, maps="final")
+    if id == "4.5":
+        losses = [_Source(plain.oaa, {"loss": loss}, "final") for loss in ("mce", "ep", "hybrid")]
+        return dict(enumerate([final, oaa(rule="mean"), plain, *losses]))
+    if id == "4.6":
+        return {
+            place: _Source(plain.oaa, {"split": row["threshold"]}, "final")
+            for place, row in enumerate(numbers()[id]["rows"])
+        }
+    if id == "4.8":
+        return {
+            place: oaa(drop="image", threshold=row["delta"], rate=row["beta"])
+            for place, row in enumerate(numbers()[id]["rows"])
+        }
+    if id == "4.9":
+        rows = [plain, drop, oaa(drop="feature"), _Source(drop.oaa, maps="final")]
+        return dict(enumerate(rows))
+    if id == "4.10":  # as shares of the 30,000 steps that are the preset's
+        return {
+            place: oaa(drop="image", epochs=max(2, round(config.epochs * row["iters"] / 30_000)))
+            for place, row in enumerate(numbers()[id]["rows"])
+        }
+    return dict(enumerate([final, plain, drop]))  # 4.11, 4.13
+
+
+def _folder(cache: Path, config: OAAConfig | IntegralConfig, **also: object) -> Path:
+    facts = {key: value for key, value in asdict(config).items() if key != "run"} | also
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return cache / f"{type(config).__name__}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _trained(
+    source: _Source, cache: Path, root: Path | None, progress: bool
+) -> tuple[Path, Path | None]:
+    # The folders of the row's trainings, which are made or finished here.
+    run = _folder(cache, source.oaa)
+    train_oaa(source.oaa, run, (run / "checkpoint.pt").is_file(), data=root, progress=progress)
+    if source.integral is None:
+        return run, None
+    changes = {"epochs": source.oaa.epochs, "seed": source.oaa.seed, **source.integral}
+    config = integral_config(run, device=source.oaa.device, **changes)
+    second = _folder(cache, config, source=run.name)
+    resume = (second / "checkpoint.pt").is_file()
+    train_integral(config, second, resume, data=root, progress=progress)
+    return run, second
+
+
+# ------------------------------------------------------------------------------ what is measured
+
+
+@dataclass(frozen=True)
+class _Measured:
+    # What a row's maps are worth, by image and by image-class pair.
+    image_ids: list[str]
+    counts: np.ndarray  # (images, thresholds, 1 + classes, 3): right, predicted, true pixels
+    classes: np.ndarray  # of each pair
+    recall: np.ndarray
+    noise: np.ndarray
+
+    def overlaps(self) -> tuple[float, float, float]:
+        """Mean intersection over union in percent, with its interval; thresholds held out."""
+        half = split_half(self.image_ids)
+        chosen = np.zeros(len(half), dtype=int)
+        for part in (half, ~half):
+            other = self.counts[~part].sum(axis=0)
+            chosen[part] = int(_mean_overlap(other).argmax()) if (~part).any() else 0
+        kept = self.counts[np.arange(len(half)), chosen].astype(np.float64)
+        draws = np.random.default_rng(0).multinomial(
+            len(kept), np.full(len(kept), 1 / len(kept)), size=_RESAMPLES
+        )
+        sums = (draws @ kept.reshape(len(kept), -1)).reshape(_RESAMPLES, *kept.shape[1:])
+        low, high = np.percentile(_mean_overlap(sums), [2.5, 97.5])
+        return tuple(100 * float(v) for v in (_mean_overlap(kept.sum(axis=0)), low, high))
+
+
+def _mean_overlap(counts: np.ndarray) -> np.ndarray:
+    right, predicted, true = np.moveaxis(counts.astype(np.float64), -1, 0)
+    union = predicted + true - right
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nanmean(np.where(true > 0, right / union, np.nan), axis=-1)
+
+
+def _measure(
+    source: _Source, run: Path, integral: Path | None, root: Path | None, progress: bool
+) -> _Measured:
+    config = source.oaa
+    pictures = opened(config, "train", root, False)
+    pairs, ids = masked_pairs(pictures), pictures.image_ids
+    if not pairs:
+        raise ValueError(
+            f"expected masks to measure maps with, got none for the pictures of {config.data}"
+        )
+    if source.maps == "accumulated":
+        memory = AttentionMemory.load(run / "memory")
+
+        def map_of(pair: tuple[int, int]) -> Tensor | None:
+            return memory[ids[pair[0]], pair[1]]
+
+    else:
+        weights = (integral or run) / "network.safetensors"
+        network = oaa_network(config.network, len(pictures.class_names), weights)
+        fabric = start_fabric(config)
+        network = fabric.setup_module(network)
+        text = "maps" if progress else None
+        map_of = observe(network, pictures, pairs, fabric, text=text).get
+    found = qualities(pictures, pairs, map_of)
+    by_image: dict[int, list[int]] = {}
+    for i, class_id in pairs:
+        by_image.setdefault(i, []).append(class_id)
+    bar = tqdm(by_image.items(), "overlaps", unit="image", delay=2, disable=not progress)
+    counts = [_counted(pictures, i, {c: map_of((i, c)) for c in classes}) for i, classes in bar]
+    return _Measured(
+        [ids[i] for i in by_image], np.stack(counts), np.array([c for _, c in found]),
+        np.array([recall for recall, _ in found.values()]),
+        np.array([noise for _, noise in found.values()]),
+    )  # fmt: skip
+
+
+def _counted(pictures: Pictures, i: int, maps: Mapping[int, Tensor | None]) -> np.ndarray:
+    # Right, predicted and true pixels of every class, background first, at each threshold.
+    counts = np.zeros((len(_BACKGROUND), 1 + len(pictures.class_names), 3), dtype=np.int32)
+    truth, values, best = None, None, None
+    for class_id, map in maps.items():
+        mask = pictures.mask(i, class_id)
+        if truth is None:
+            truth = np.zeros(mask.shape, dtype=np.int64)
+            values, best = np.zeros(mask.shape, dtype=np.float32), np.zeros_like(truth)
+        truth[mask == 1] = 1 + class_id
+        truth[mask == 255] = -1
+        if map is None:
+            continue
+        shown = resize(map[None], mask.shape)[0].numpy()
+        larger = shown > values
+        values[larger], best[larger] = shown[larger], 1 + class_id
+    known = truth >= 0
+    truth, values, best = truth[known], values[known], best[known]
+    size = counts.shape[1]
+    for place, threshold in enumerate(_BACKGROUND):
+        predicted = np.where(values > threshold, best, 0)
+        counts[place, :, 0] = np.bincount(truth[truth == predicted], minlength=size)
+        counts[place, :, 1] = np.bincount(predicted, minlength=size)
+        counts[place, :, 2] = np.bincount(truth, minlength=size)
+    return counts
+
+
+# ------------------------------------------------------------------------------------ the tables
+
+
+def make(
+    id: str,
+    *,
+    data: str,
+    network: str | None,
+    weights: str | Path,
+    root: Path,
+    limit: int | None,
+    seed: int,
+    device: str,
+    cache: Path,
+    progress: bool,
+    preset: Preset = "thesis",
+    epochs: int | None = None,
+    repeats: int = 1,
+) -> Table:
+    """Makes one table of chapter 4; see :func:`attnviz.tables.make_table`."""
+    if repeats < 1:
+        raise ValueError(f"expected `repeats` of at least 1, got {repeats}")
+    network = network or ("scenes" if data == "scenes" else "vgg16")
+    preset = "small" if network == "scenes" else preset
+    changes = {"limit": limit, "epochs": epochs, "weights": str(weights)}
+    config = oaa_config(
+        preset, data=data, network=network, device=device,
+        **{key: value for key, value in changes.items() if value is not None},
+    )  # fmt: skip
+    measured: dict[int, list[_Measured]] = {}
+    for repeat in range(repeats):
+        again = OAAConfig(**asdict(config) | {"seed": seed + repeat})
+        for place, source in _sources(id, again).items():
+            run, integral = _trained(source, cache, root, progress)
+            found = _measure(source, run, integral, root, progress)
+            measured.setdefault(place, []).append(found)
+    class_names = opened(config, "train", root, False).class_names
+    rows = [
+        _row(row, measured.get(place), class_names)
+        for place, row in enumerate(numbers()[id]["rows"])
+    ]
+    count = len(next(iter(measured.values()))[0].image_ids)
+    return Table(
+        id=id, title=numbers()[id]["title"], data=data, network=network, preset=preset, seed=seed,
+        versions=package_versions(), n=count, rows=rows, extra=[],
+        notes=_notes(id, config, repeats), weights={"weights": "trained for this table"},
+    )  # fmt: skip
+
+
+def _row(
+    paper: Mapping[str, object], measured: Sequence[_Measured] | None, class_names: Sequence[str]
+) -> Row:
+    row: Row = {}
+    for column, value in paper.items():
+        values: Callable[[_Measured], tuple[float, float, float]] | None = None
+        if column == "miou":
+            values = _Measured.overlaps
+        elif column in ("recall", "noise"):
+            values = _mean_of(column)
+        elif column == "class_mean_computed":
+            values = _class_mean
+        elif column in class_names:
+            values = _mean_of("recall", class_names.index(column))
+        elif not isinstance(value, float) or column in ("threshold", "delta", "beta"):
+            row[column] = value
+            continue
+        row[column] = _joined(value, values, measured)
+    if "class_mean_computed" in paper:
+        for number, name in enumerate(class_names):
+            if name not in paper:
+                row[name] = _joined(None, _mean_of("recall", number), measured)
+    return row
+
+
+def _mean_of(
+    what: str, class_id: int | None = None
+) -> Callable[[_Measured], tuple[float, float, float]]:
+    def mean(measured: _Measured) -> tuple[float, float, float]:
+        values = getattr(measured, what)
+        if class_id is not None:
+            values = values[measured.classes == class_id]
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return (float("nan"),) * 3
+        low, high = bootstrap_interval(values, resamples=_RESAMPLES)
+        return tuple(100 * float(v) for v in (values.mean(), low, high))
+
+    return mean
+
+
+def _class_mean(measured: _Measured) -> tuple[float, float, float]:
+    means = [np.nanmean(measured.recall[measured.classes == c]) for c in set(measured.classes)]
+    return 100 * float(np.mean(means)), float("nan"), float("nan")
+
+
+def _joined(
+    paper: object,
+    values: Callable[[_Measured], tuple[float, float, float]] | None,
+    measured: Sequence[_Measured] | None,
+) -> dict[str, float | None]:
+    # One training: its value and interval over images. Several: their mean, least and largest.
+    cell = {"paper": paper, "ours": None, "low": None, "high": None}
+    if measured is None or values is None:
+        return cell
+    found = np.array([values(each) for each in measured])
+    if len(found) == 1:
+        shown = found[0]
+    else:
+        shown = np.array([found[:, 0].mean(), found[:, 0].min(), found[:, 0].max()])
+    numbers = [None if np.isnan(value) else round(float(value), 2) for value in shown]
+    return cell | dict(zip(("ours", "low", "high"), numbers, strict=True))
+
+
+def _notes(id: str, config: OAAConfig, repeats: int) -> list[str]:
+    notes = [
+        "mIoU of the maps themselves: the image's class whose map is largest, background below a "
+        "threshold chosen on the other half of the images; the thesis' mIoU is that of a "
+        "segmentation network trained on labels made from such maps",
+        "recall and noise at half of each map's maximum, means over image-class pairs",
+        f"{config.images if config.data == 'scenes' else 'all'} training images, "
+        f"{config.epochs} epochs, preset {config.preset}",
+    ]  # fmt: skip
+    if config.data == "scenes":
+        notes.insert(0, "generated pictures: split train of scenes, few objects")
+    if repeats > 1:
+        notes.append(f"ours: mean of {repeats} trainings [least, largest]")
+    else:
+        notes.append("ours: one training [95 % over images]; trainings differ by more")
+    if id == "4.10":
+        notes.append("30,000 steps stand for the preset's epochs, the others for their share")
+    return notes

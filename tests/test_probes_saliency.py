@@ -1,0 +1,150 @@
+import pytest
+import torch
+from test_stages import _trace
+from torch import nn
+from torch.nn.functional import relu
+
+from attnviz.probes.saliency import (
+    gradient,
+    guided_backprop,
+    integrated_gradients,
+    pixel_map,
+    smoothgrad,
+)
+from attnviz.stages import staged
+
+
+@pytest.fixture
+def net(tiny):
+    return staged(tiny)
+
+
+@pytest.fixture
+def images(generator):
+    return torch.rand(3, 3, 16, 16, generator=generator, dtype=torch.float64) - 0.3
+
+
+def test_gradient_equals_finite_differences(net, images):
+    found = gradient(net, images, [0, 1, 2])
+    step = 1e-6
+    for row, channel, y, x in ((0, 1, 3, 4), (1, 0, 0, 15), (2, 2, 8, 8)):
+        moved = images.clone()
+        moved[row, channel, y, x] += step
+        slope = (net(moved)[row, row] - net(images)[row, row]) / step
+        assert found[row, channel, y, x].item() == pytest.approx(slope.item(), abs=1e-6)
+
+
+def test_batch_equals_single_images(net, images):
+    for method in (gradient, guided_backprop, integrated_gradients):
+        together = method(net, images, [0, 1, 2])
+        for row in range(3):
+            alone = method(net, images[row : row + 1], row)
+            torch.testing.assert_close(together[row : row + 1], alone)
+
+
+def test_pixel_map_sums_absolute_colors():
+    attribution = torch.tensor([[[[1.0, -2.0]], [[-3.0, 0.5]], [[0.0, 4.0]]]])
+    assert torch.equal(pixel_map(attribution), torch.tensor([[[4.0, 6.5]]]))
+
+
+def test_smoothgrad_of_a_linear_network_is_its_gradient_and_without_noise_always(net, images):
+    linear = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    straight = staged(linear, ["0"], image_size=16)
+    expected = gradient(straight, images, 1)
+    torch.testing.assert_close(smoothgrad(straight, images, 1, samples=3), expected)
+    still = smoothgrad(net, images, 1, samples=2, noise=0.0)
+    torch.testing.assert_close(still, gradient(net, images, 1))
+
+
+def test_smoothgrad_is_the_mean_over_the_noise_of_its_generator(net, images):
+    generator = torch.Generator().manual_seed(5)
+    found = smoothgrad(net, images, [3, 1, 0], samples=4, noise=0.2, generator=generator)
+    generator.manual_seed(5)
+    total = torch.zeros_like(images)
+    for _ in range(4):
+        noise = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        for row, class_id in enumerate((3, 1, 0)):
+            width = 0.2 * (images[row].max() - images[row].min())
+            noisy = images[row : row + 1] + width * noise[row]
+            total[row] += gradient(net, noisy, class_id)[0]
+    torch.testing.assert_close(found, total / 4)
+    state = torch.get_rng_state()
+    torch.testing.assert_close(smoothgrad(net, images), smoothgrad(net, images))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_integrated_gradients_sum_to_the_difference_of_scores(net, images):
+    scores = net(images)
+    found = integrated_gradients(net, images, [0, 1, 2], steps=400)
+    # no bias, so the score of the mean color is 0
+    for row in range(3):
+        assert found[row].sum().item() == pytest.approx(scores[row, row].item(), abs=2e-4)
+    mean, std = (torch.tensor(p, dtype=torch.float64)[:, None, None] for p in (net.mean, net.std))
+    black = ((0 - mean) / std).expand(1, 3, 16, 16)
+    found = integrated_gradients(net, images, 2, baseline="black", steps=400)
+    for row in range(3):
+        difference = scores[row, 2] - net(black)[0, 2]
+        assert found[row].sum().item() == pytest.approx(difference.item(), abs=2e-3)
+
+
+class _Functional(nn.Module):
+    # One module used twice, a function, and a ReLU in place.
+    def __init__(self, reused):
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.first, self.second, self.third = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.reused = reused
+
+    def forward(self, x):
+        if self.reused:
+            x = relu(self.b(self.first(self.a(x))), inplace=True)
+            return self.first(self.c(x)).mean((2, 3))
+        x = self.second(self.b(self.first(self.a(x))))
+        return self.third(self.c(x)).mean((2, 3))
+
+
+def test_guided_backprop_equals_captum_and_takes_functions_and_reused_modules():
+    from captum.attr import GuidedBackprop
+
+    with torch.random.fork_rng():
+        plain, odd = _Functional(False).double(), _Functional(True).double()
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator()) - 0.2
+    leaf = images.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="Setting backward hooks on ReLU"):
+        expected = GuidedBackprop(plain).attribute(leaf, target=1)
+    for model in (plain, odd):
+        found = guided_backprop(staged(model, ["a"], image_size=8), images, 1)
+        torch.testing.assert_close(found, expected)
+    assert not torch.allclose(expected, gradient(staged(plain, ["a"], image_size=8), images, 1))
+
+
+def test_relu6_passes_back_positive_gradients_between_0_and_6():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU6(inplace=True), nn.Flatten(),
+                          nn.Linear(4, 2, bias=False))  # fmt: skip
+    model[0].weight.data.fill_(1)
+    model[3].weight.data = torch.tensor([[1.0, 2.0, -3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
+    image = torch.tensor([[[[7.0, 5.0], [5.0, -1.0]]]])
+    found = guided_backprop(staged(model, ["1"], image_size=2), image, 0)
+    assert found.flatten().tolist() == [0, 2, 0, 0]
+
+
+def test_no_trace_is_left(net, tiny, images):
+    tiny.train()
+    before = _trace(tiny)
+    with torch.inference_mode():
+        for method in (gradient, guided_backprop, smoothgrad, integrated_gradients):
+            assert not method(net, images, 0).requires_grad
+    with pytest.raises(ValueError, match="classes from 0 to 3, got 4"):
+        guided_backprop(net, images, 4)
+    assert _trace(tiny) == before
+    torch.testing.assert_close(relu(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+
+
+def test_bad_arguments_say_what_is_expected(net, images, untyped):
+    with pytest.raises(ValueError, match=r"`samples` of at least 1 .* got 0"):
+        smoothgrad(net, images, samples=0)
+    with pytest.raises(ValueError, match="`steps` of at least 1, got 0"):
+        integrated_gradients(net, images, steps=0)
+    with pytest.raises(ValueError, match=r"`baseline` in \('mean', 'black'\), got 'white'"):
+        integrated_gradients(net, images, baseline="white")
