@@ -147,7 +147,8 @@ class _Program:
     done: tuple[tuple[fx.Node, ...], ...]  # values that nobody needs after each step
     crossing: frozenset[fx.Node]  # values from before a stage that are used after it as well
     opened: tuple[nn.Module, ...]  # modules that are run layer by layer
-    paths: dict = field(default_factory=dict)
+    paths: dict = field(default_factory=dict)  # from a stage to a shallower one: the steps
+    measured: dict = field(default_factory=dict)  # and the windows along them
 
 
 _PROGRAMS: WeakKeyDictionary[Staged, _Program] = WeakKeyDictionary()
@@ -559,15 +560,17 @@ class _Boxes:
 
 
 def _path(forward: Forward, top: int, stage: int) -> _Path | None:
-    if (top, stage) not in forward._paths:
-        program, rules = forward._program, forward._rules
-        if (top, stage) not in program.paths:
-            program.paths[top, stage] = _find_path(program, top, stage)
-        steps, sources = program.paths[top, stage]
+    program, rules, key = forward._program, forward._rules, (top, stage)
+    if key not in forward._paths:
+        if key not in program.paths:
+            program.paths[key] = _find_path(program, top, stage)
+        steps, sources = program.paths[key]
         local = all(rules.get(step.node) for step in steps)
-        ends = program.stages[top], program.stages[stage]
-        forward._paths[top, stage] = _measure(steps, sources, *ends, rules) if local else None
-    return forward._paths[top, stage]
+        if local and key not in program.measured:
+            ends = program.stages[top], program.stages[stage]
+            program.measured[key] = _measure(steps, sources, *ends, rules)
+        forward._paths[key] = program.measured[key] if local else None
+    return forward._paths[key]
 
 
 def _find_path(

@@ -147,7 +147,8 @@ def test_counts_of_active_and_overlapping_channels_by_hand():
 def test_no_trace_is_left(net, tiny, images):
     tiny.train()
     before = _trace(tiny)
-    list(decompositions(net, images[:1], fills=["zero"]))
+    with torch.inference_mode():
+        list(decompositions(net, images[:1], fills=["zero"]))
     assert _trace(tiny) == before
 
 
