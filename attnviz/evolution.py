@@ -122,6 +122,11 @@ class Evolution:
     """One line for each file that could not be read."""
 
     @property
+    def variant(self) -> str:
+        """Its name in the thesis: ``OAA``, ``OAA++`` (drop), ``OAA+`` or ``OAA+++`` (integral)."""
+        return "OAA" + "+" * (2 * self.drop + (self.method == "integral"))
+
+    @property
     def finished(self) -> bool:
         """Whether every planned epoch is there."""
         return bool(self.epochs) and self.epochs[-1] >= self.planned

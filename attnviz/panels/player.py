@@ -581,8 +581,7 @@ def _check_recorded(evolutions: Sequence[Evolution]) -> None:
 def _choose_series(
     evolutions: Sequence[Evolution], names: Sequence[str] | None
 ) -> tuple[_Series, ...]:
-    usual = {("oaa", False): "OAA", ("oaa", True): "OAA++"}
-    given = names or [usual.get((each.method, each.drop), "OAA+") for each in evolutions]
+    given = names or [each.variant for each in evolutions]
     if names is None and len(set(given)) < len(given):
         given = [f"{name} ({each.run.name})" for name, each in zip(given, evolutions, strict=True)]
     series = []
