@@ -434,7 +434,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--data-root", type=Path, help="folder of the data sets and weights/")
     parser.add_argument("--network", help="scenes for scenes, else vgg16; or squeezenet1_1, ...")
     parser.add_argument("--weights", default="auto", help="to start from: auto, random or a file")
-    parser.add_argument("--images", type=int, default=1200, help="how many scenes are drawn")
+    parser.add_argument("--images", type=int, default=2000, help="how many scenes are drawn")
     parser.add_argument("--limit", type=int, help="at most so many images, for a quick look")
     parser.add_argument(
         "--validation-images", type=int, default=300, help="at most so many to measure on"

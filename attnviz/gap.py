@@ -109,16 +109,17 @@ def suppress(
         Thesis section 5.3.1.3.
     """
     order = contributions.argsort(descending=True, stable=True)
-    order = order[contributions[order] > 0].tolist()
-    flat = maps.flatten(1)
+    order = order[contributions[order] > 0]
+    flat = maps[order].flatten(1)
+    masks = (flat >= flat.amax(dim=1, keepdim=True) / 2).to(maps.dtype)
+    shared, areas = masks @ masks.T, masks.sum(dim=1)
+    same = shared / (areas[:, None] + areas - shared) > threshold
     kept: list[int] = []
-    masks: list[Tensor] = []
-    for channel in order:
+    dropped = torch.zeros(len(order), dtype=torch.bool, device=maps.device)
+    for place, channel in enumerate(order.tolist()):
         if len(kept) == most:
             break
-        mask = flat[channel] >= flat[channel].max() / 2
-        overlaps = ((mask & each).sum() / (mask | each).sum() > threshold for each in masks)
-        if not any(overlaps):
+        if not dropped[place]:
             kept.append(channel)
-            masks.append(mask)
+            dropped |= same[place]
     return tuple(kept)

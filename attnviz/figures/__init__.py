@@ -21,7 +21,7 @@ from ..data.folder import LabeledImages
 from ..explain import StageMaps
 from ..networks import load_network
 from ..stages import Staged
-from . import accumulation, attention, layercam
+from . import accumulation, attention, decomposition, layercam
 from .accumulation import RunKind, given_runs
 from .attention import LABEL_SECONDS
 from .examples import NAMES, Example, generated_examples, given_examples
@@ -37,7 +37,7 @@ __all__ = [
     "stage_grid",
 ]
 
-_FIGURES = attention.FIGURES | layercam.FIGURES | accumulation.FIGURES
+_FIGURES = attention.FIGURES | layercam.FIGURES | accumulation.FIGURES | decomposition.FIGURES
 
 
 def stage_grid(
@@ -175,10 +175,13 @@ def make_figure(
     if pictures is None:
         examples = generated_examples(net, kind, seed)
     else:
-        examples = given_examples(net, pictures, len(kind.wanted) + kind.several)
+        most = None if kind.sample else len(kind.wanted) + kind.several
+        examples = given_examples(net, pictures, most)
     figure = kind.draw(net, examples, seed)
     weights = {key: net.provenance[key] for key in ("weights", "sha256") if key in net.provenance}
     weights = ", ".join(f"{key} {value}" for key, value in weights.items())
-    names = ", ".join(each.name for each in examples)
+    names = ", ".join(each.name for each in examples[:24])
+    if len(examples) > 24:
+        names += f" and so on to {examples[-1].name}, {len(examples)} pictures"
     figure.facts = f"figure {number}; network {net.name}, {weights}; {names}; seed {seed}"
     return figure

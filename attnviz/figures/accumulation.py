@@ -97,13 +97,15 @@ def _movement(run: Evolution, number: int) -> float:
 
 
 def _by_movement(run: Evolution, most: int, *, still: bool = False) -> list[int]:
-    # The pairs whose attention moves most, or least, no picture twice.
-    order = sorted(range(len(run.watched)), key=lambda n: _movement(run, n), reverse=not still)
-    found: list[int] = []
-    for number in order:
-        if run.watched[number].picture not in [run.watched[n].picture for n in found]:
-            found.append(number)
-    return found[:most]
+    # Of the pairs that were accumulated those whose attention moves most, or least.
+    sign = 1 if still else -1
+    return sorted(_accumulated(run), key=lambda n: sign * _movement(run, n))[:most]
+
+
+def _accumulated(run: Evolution) -> list[int]:
+    # The pairs with an accumulated map, or all where there are fewer than two.
+    found = [n for n, maps in enumerate(run.accumulated) if maps[-1].any()]
+    return found if len(found) > 1 else list(range(len(run.watched)))
 
 
 def _tensor(map: UInt8[np.ndarray, "h w"]) -> Tensor:
@@ -128,7 +130,7 @@ def _strip(run: Evolution, number: int, count: int = 3) -> list[np.ndarray]:
 
 def _strip_titles(run: Evolution, count: int = 3) -> list[str]:
     epochs = [f"epoch {run.epochs[place]}" for place in _chosen_epochs(run, count)]
-    return ["picture", *epochs, "accumulated"]
+    return ["picture", *epochs, {"max": "maximum"}.get(run.rule, run.rule)]
 
 
 def _moving(runs: Runs, seed: int) -> Sheet:
@@ -166,7 +168,7 @@ def _evolution_with_drop(runs: Runs, seed: int) -> Sheet:
 
 def _compared(runs: Runs, variants: Sequence[str], most: int, width: float) -> Sheet:
     plain = runs["OAA"]
-    numbers = range(len(plain.watched))[:most]
+    numbers = _accumulated(plain)[:most]
     rows = []
     for number in numbers:
         final = {"CAM": plain.maps[number][-1]}
@@ -183,7 +185,7 @@ def _with_and_without_drop(runs: Runs, seed: int) -> Sheet:
 
 
 def _all_variants(runs: Runs, seed: int) -> Sheet:
-    return _compared(runs, ("CAM", "OAA", "OAA++", "OAA+"), 6, PAGE * 0.75)
+    return _compared(runs, ("CAM", "OAA", "OAA++", "OAA+"), 6, PAGE)
 
 
 def _recall(runs: Runs, seed: int) -> Sheet:
@@ -372,20 +374,20 @@ def _whole_pipeline(runs: Runs, seed: int) -> Sheet:
     put_image(axis, _laid(run, number, run.accumulated[number][-1]), x, low, side)
     put_text(axis, x + side / 2, low - 0.1, "accumulated $M$", TEXT)
     axis.plot([3.5, 3.5], [0.05, top + 0.05], ":", color="black", lw=0.8)
-    left = 3.62
+    left = 3.6
     put_text(axis, left + 1.6, top, "(b) integral attention model", TEXT)
     maps, end = _classifier(axis, picture, left, middle, side, pooled=False)
     put_arrow(axis, (maps, middle - 0.42), (maps, low + tall / 2 + 0.14))
     put_box(axis, maps - 0.42, low + tall / 2 - 0.13, 0.84, 0.26, "hybrid loss")
     put_arrow(axis, (x + side + 0.04, low + tall / 2), (maps - 0.45, low + tall / 2), "--")
     put_text(axis, (x + side + maps - 0.4) / 2, low + tall / 2 + 0.12, "soft label")
-    put_arrow(axis, (end + 0.06, middle), (end + 0.24, middle))
-    integral = runs["OAA+"]
+    put_arrow(axis, (end + 0.04, middle), (end + 0.16, middle))
+    integral, small = runs["OAA+"], PAGE - end - 0.22
     put_image(
-        axis, _laid(integral, number, integral.maps[number][-1]), end + 0.28, middle - tall / 2,
-        side,
+        axis, _laid(integral, number, integral.maps[number][-1]), end + 0.19,
+        middle - small * ratio / 2, small,
     )  # fmt: skip
-    put_text(axis, end + 0.28 + side / 2, middle - tall / 2 - 0.1, "OAA+", TEXT)
+    put_text(axis, end + 0.19 + small / 2, middle - small * ratio / 2 - 0.1, "OAA+", TEXT)
     return figure
 
 

@@ -1,6 +1,6 @@
 """The pictures that figures are drawn from: generated scenes, or the user's own."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cam import scale
 from ..data.folder import LabeledImage, LabeledImages
-from ..data.scenes import CLASS_NAMES, Scene, Scenes
+from ..data.scenes import CLASS_CONTEXTS, CLASS_NAMES, Scene, Scenes
 from ..explain import StageMaps, stage_maps
 from ..images import to_pixels
 from ..localize import Box
@@ -51,6 +51,8 @@ class Example:
     """The generated scene with all its truth, if it is one."""
     name: str = "picture"
     """Where it comes from."""
+    regions: Mapping[str, Bool[np.ndarray, "h w"]] | None = None
+    """Which pixels show what; None takes objects and contexts of the scene."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Kind:
     network: str = "scenes_fc"
     wanted: tuple[str, ...] = ("horse",)  # classes of the generated scenes
     several: int = 0  # how many further scenes with several objects
+    sample: int = 0  # a study: of so many scenes with one object, or of all pictures given
+    in_context: bool = False  # scenes that show the usual context of the class
 
 
 def generated_examples(net: Staged, kind: Kind, seed: int) -> list[Example]:
@@ -69,8 +73,16 @@ def generated_examples(net: Staged, kind: Kind, seed: int) -> list[Example]:
             "the classes of the generated scenes"
         )
     scenes = Scenes("val", count=10_000, seed=seed, objects="few")
+    if kind.sample:
+        singles = (scene for scene in scenes if len(scene.objects) == 1)
+        return [example_of_scene(scene, seed) for scene in islice(singles, kind.sample)]
     found = [
-        next(s for s in scenes if [o.class_id for o in s.objects] == [CLASS_NAMES.index(name)])
+        next(
+            s
+            for s in scenes
+            if [o.class_id for o in s.objects] == [CLASS_NAMES.index(name)]
+            and (CLASS_CONTEXTS[name] in s.contexts or not kind.in_context)
+        )
         for name in kind.wanted
     ]
     crowded = Scenes("val", count=1000, seed=seed, objects="several")
@@ -87,7 +99,7 @@ def example_of_scene(scene: Scene, seed: int) -> Example:
 
 
 def given_examples(
-    net: Staged, pictures: LabeledImages | Iterable[object], most: int
+    net: Staged, pictures: LabeledImages | Iterable[object], most: int | None
 ) -> list[Example]:
     class_names = pictures.class_names if isinstance(pictures, LabeledImages) else ()
     found = []

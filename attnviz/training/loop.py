@@ -55,7 +55,7 @@ SCHEDULES = {"one_cycle": one_cycle, "poly": poly, "step": step}
 class LoopConfig:
     """What epochs and steps depend on."""
 
-    epochs: int = 8
+    epochs: int = 12
     """How often every training image is seen."""
     batch_size: int = 8
     """Images per step, over all processes."""

@@ -77,7 +77,7 @@ class OAAConfig(LoopConfig):
     """``auto``: ImageNet's, for ``scenes`` none; ``random``; or a file."""
     preset: Preset = "small"
     """Where the values came from."""
-    images: int = 1200
+    images: int = 2000
     """Number of training scenes."""
     validation_images: int = 300
     """At most so many images that are never learned from; the mean average precision is theirs."""
@@ -134,7 +134,7 @@ def oaa_config(preset: Preset = "small", **changes: object) -> OAAConfig:
     Where the sources differ (batch, learning rate, its factors, weight decay, momentum, schedule,
     augmentation), ``thesis`` follows the text and, where that is silent, the author's first code,
     ``released`` his later PyTorch code, ``literature`` what later papers share. ``small`` trains
-    the small network on scenes in a minute.
+    the small network on scenes in a few minutes.
 
     Args:
         preset: Whose values.

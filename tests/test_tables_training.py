@@ -1,0 +1,139 @@
+"""Tables of chapters 4 and 5: what they train, measure and keep."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from attnviz.cli import main
+from attnviz.metrics import split_half
+from attnviz.tables import accumulation, make_table, table_options
+from attnviz.tables.table import numbers
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    table = make_table("4.11", limit=24, epochs=2, cache=cache, progress=False)
+    return table, cache
+
+
+def test_table_has_the_rows_of_the_thesis_with_an_interval(made):
+    table, _ = made
+    result = json.loads(json.dumps(table.to_json(), allow_nan=False))
+    assert [row["method"] for row in result["rows"]] == ["CAM", "OAA", "OAA-drop"]
+    for row, paper in zip(result["rows"], numbers()["4.11"]["rows"], strict=True):
+        assert list(row) == list(paper)
+        assert row["recall"]["paper"] == paper["recall"]
+        cell = row["miou"]
+        assert 0 <= cell["low"] <= cell["ours"] <= cell["high"] <= 100
+    assert "generated" in table.notes[0]
+    assert "4.11" in table._repr_html_()
+
+
+def test_finished_trainings_are_taken_as_they_are(made, monkeypatch):
+    table, cache = made
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    again = make_table("4.11", limit=24, epochs=2, cache=cache, progress=False)
+    assert again.to_json() == table.to_json()
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == files
+
+
+def test_repeats_show_their_mean_and_range(made, monkeypatch):
+    table, cache = made
+    twice = make_table("4.11", limit=24, epochs=2, repeats=2, cache=cache, progress=False)
+    other = make_table("4.11", limit=24, epochs=2, seed=1, cache=cache, progress=False)
+    for row, first, second in zip(twice.rows, table.rows, other.rows, strict=True):
+        values = [first["recall"]["ours"], second["recall"]["ours"]]
+        assert row["recall"]["ours"] == pytest.approx(np.mean(values), abs=0.011)
+        assert [row["recall"]["low"], row["recall"]["high"]] == sorted(values)
+
+
+def test_overlap_is_that_of_the_labels_drawn_from_the_maps():
+    class Pictures:
+        class_names = ("a", "b")
+
+        def mask(self, i, class_id):
+            mask = np.zeros((4, 4), np.uint8)
+            mask[class_id * 2 : class_id * 2 + 2] = 1
+            mask[3, 3] = 255
+            return mask
+
+    maps = {0: torch.linspace(1, 0, 16).reshape(4, 4), 1: torch.linspace(0, 0.8, 16).reshape(4, 4)}
+    counts = accumulation._counted(Pictures(), 0, maps)
+    truth = np.repeat([1, 1, 2, 2], 4)
+    for place, threshold in enumerate(accumulation._BACKGROUND):
+        labels = []
+        for a, b in zip(maps[0].flatten().tolist(), maps[1].flatten().tolist(), strict=True):
+            best = 1 if a >= b else 2
+            labels.append(best if max(a, b) > threshold else 0)
+        for label in range(3):
+            pairs = list(zip(labels, truth.tolist(), strict=True))[:-1]  # the last is ignored
+            right = sum(found == label == true for found, true in pairs)
+            predicted = sum(found == label for found, _ in pairs)
+            true = sum(true == label for _, true in pairs)
+            assert counts[place, label].tolist() == [right, predicted, true]
+
+
+def test_background_threshold_is_that_of_the_other_half():
+    ids = [f"picture-{i}" for i in range(20)]
+    half = split_half(ids)
+    counts = np.zeros((20, len(accumulation._BACKGROUND), 2, 3), np.int32)
+    counts[..., 1:] = 10  # predicted and true pixels
+    counts[half, 3, :, 0] = 10  # the first half is right at one threshold
+    counts[~half, 5, :, 0] = 10  # the other at another
+    measured = accumulation._Measured(ids, counts, *(np.zeros(20),) * 3)
+    assert measured.overlaps()[0] == 0  # each is measured where the other is right
+    counts[..., 0] = 0
+    counts[:, 7, :, 0] = 10
+    assert measured.overlaps()[0] == pytest.approx(100)
+
+
+def test_table_of_decisions_has_the_steps_of_the_network(tmp_path):
+    given = {"limit": 2, "decisions": 2, "cache": tmp_path, "progress": False}
+    table = make_table("5.1", **given)
+    rows = [row for row in table.rows if row["dataset"] == "ILSVRC"]
+    assert [row["strategy"] for row in rows] == ["AA", "MA", "AG", "MG"]
+    for row in rows:
+        assert all(-1 <= row[step]["ours"] <= 1 for step in ("T->S5", "S2->S1"))
+    zero = [row for row in table.extra if "zero" in row["dataset"]]
+    assert len(zero) == 4
+    assert make_table("5.1", **given).to_json() == table.to_json()
+
+
+@pytest.mark.parametrize(
+    ("id", "options", "message"),
+    [
+        ("4.5", {"methods": ["cam"]}, "expected options of table 4.5 in .* got 'methods'"),
+        ("3.1", {"repeats": 2}, "expected options of table 3.1 in .* got 'repeats'"),
+    ],
+)
+def test_options_of_another_chapter_are_refused(id, options, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        make_table(id, cache=tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("id", "options", "message"),
+    [
+        ("4.5", {"repeats": 0}, "expected `repeats` of at least 1"),
+        ("4.11", {"limit": 0}, "expected `limit` of at least 1"),
+        ("5.1", {"decisions": 0}, "expected `decisions` of at least 1"),
+        ("5.1", {"data": "coco"}, "expected `data` in .* for table 5.1"),
+        ("4.12", {}, "expected the number of a table in .* the nearest are"),
+    ],
+)
+def test_bad_values_are_named(id, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_table(id, cache=tmp_path, **options)
+
+
+def test_options_are_those_of_the_chapter():
+    assert set(table_options("4.5")) == {"preset", "epochs", "repeats"}
+    assert set(table_options("5.1")) == {"top", "decisions"}
+
+
+def test_command_names_an_option_that_does_not_belong(tmp_path, capsys):
+    assert main(["table", "4.11", "--batch", "4", "--cache", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
