@@ -17,6 +17,7 @@ from . import __version__
 from .cam import METHODS, Scaling, fuse, resize, scale
 from .colors import overlay
 from .explain import GradientAt, StageMaps, excitation_backprop, scorecam, stage_maps
+from .files import write_whole
 from .images import read_image
 from .localize import map_to_box
 from .networks import data_root, load_network
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _prepare(options)
         result = options.run(options)
         if options.json is not None and _is_first():
-            write_whole(options.json, lambda path: path.write_text(json.dumps(result, indent=1)))
+            write_whole(options.json, json.dumps(result, indent=1).encode())
     except (ValueError, TypeError, KeyError, OSError) as error:
         print(f"attnviz: {_one_line(error)}", file=sys.stderr)  # noqa: T201 (the command's voice)
         return 2
@@ -136,19 +137,6 @@ def check_writable(folder: Path) -> None:
 
 def _is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under another name first, so that `path` is never half written."""
-    if _is_device(path):  # /dev/stdout and its like are written to, not replaced
-        write(path)
-        return
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------- lab
@@ -307,7 +295,7 @@ def _write_maps(
     arrays = {f"stage{n}": m.numpy() for n, m in zip(maps.stages, raw, strict=True)}
     write_whole(
         folder / "maps.npz",
-        lambda target: _save_npz(target, arrays | {"fused": fused.numpy()}),
+        lambda file: np.savez_compressed(file, **arrays, fused=fused.numpy()),
     )
     chosen = int(maps.class_ids[0])
     count = min(5, len(maps.scores[0]))
@@ -326,9 +314,7 @@ def _write_maps(
         "seed": options.seed,
         **maps.provenance,
     }
-    write_whole(
-        folder / "result.json", lambda target: target.write_text(json.dumps(result, indent=1))
-    )
+    write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
     label = result["class"]
     _say(f"{folder}: {label['name'] or label['id']} ({label['probability']:.3f}), box {box}")
     return result
@@ -345,12 +331,7 @@ def _class_row(net: Staged, class_id: int, maps: StageMaps) -> dict[str, object]
 
 
 def _save_png(path: Path, pixels: np.ndarray) -> None:
-    write_whole(path, lambda target: Image.fromarray(pixels).save(target, "png"))
-
-
-def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    write_whole(path, lambda file: Image.fromarray(pixels).save(file, "png"))
 
 
 def _sheet(pictures: Sequence[np.ndarray], height: int = 240, gap: int = 6) -> np.ndarray:
@@ -804,6 +785,6 @@ def _figure(options: argparse.Namespace) -> dict[str, object]:
         seed=options.seed,
     )  # fmt: skip
     kind = options.out.suffix[1:]
-    write_whole(options.out, lambda target: sheet.savefig(target, format=kind))
+    write_whole(options.out, lambda file: sheet.savefig(file, format=kind))
     _say(str(options.out))
     return {"figure": options.id, "file": str(options.out)}

@@ -16,15 +16,17 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
+
+from .files import write_whole
 
 __all__ = [
     "Evolution",
@@ -207,7 +209,7 @@ class EvolutionWriter:
             "watched": [asdict(each) for each in self.watched],
         }
         text = json.dumps(settings, indent=1).encode()
-        _write_whole(header, lambda file: file.write(text))
+        write_whole(header, text)
         (self.run / "stop").unlink(missing_ok=True)
 
     @property
@@ -259,7 +261,7 @@ class EvolutionWriter:
                 levels = _eight_bit(accumulated[pair], each.grid, pair)
                 arrays[f"accumulated_{number:03d}"] = levels
         path = self.folder / f"epoch-{epoch:04d}.npz"
-        _write_whole(path, lambda file: np.savez_compressed(file, **arrays))
+        write_whole(path, lambda file: np.savez_compressed(file, **arrays))
         return path
 
     def _save_watched(self, number: int, each: Watch) -> Watched:
@@ -267,12 +269,12 @@ class EvolutionWriter:
         image = image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(image)
         picture, mask = f"picture-{number:03d}", None
         suffix, encoded = _encoded(image)
-        _write_whole(self.folder / (picture + suffix), lambda file: file.write(encoded))
+        write_whole(self.folder / (picture + suffix), encoded)
         if each.mask is not None:
             mask = f"mask-{number:03d}-{int(each.class_id)}.png"
             levels = np.select([each.mask == 255, each.mask > 0], [_IGNORED, 255], 0)
             drawn = Image.fromarray(levels.astype(np.uint8))
-            _write_whole(self.folder / mask, lambda file: drawn.save(file, "PNG"))
+            write_whole(self.folder / mask, lambda file: drawn.save(file, "PNG"))
         size, grid = (image.height, image.width), (int(each.grid[0]), int(each.grid[1]))
         return Watched(str(each.image_id), int(each.class_id), size, grid, picture + suffix, mask)
 
@@ -358,18 +360,6 @@ def stop_requested(run: str | os.PathLike[str]) -> bool:
 # --------------------------------------------------------------------------------------- files
 
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read_header(path: Path) -> dict:

@@ -24,6 +24,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import write_whole
+
 __all__ = ["AttentionMemory", "Precision", "Rule", "place"]
 
 Rule = Literal["max", "mean"]
@@ -381,25 +383,21 @@ class AttentionMemory:
                 "shape": list(array.shape),
                 "data_offsets": [start, end],
             }
-        part = folder / f"{FILE}.part"
-        try:
-            with part.open("wb") as file:
-                file.write(_encode(header, 0))
-                checksum = 0
-                with _bar("saving the memory", end) as bar:
-                    for name in order:
-                        data = memoryview(self._arrays[name].reshape(-1).view(np.uint8))
-                        for at in range(0, len(data), _CHUNK):
-                            file.write(data[at : at + _CHUNK])
-                            checksum = zlib.crc32(data[at : at + _CHUNK], checksum)
-                            bar.update(len(data[at : at + _CHUNK]))
-                file.seek(0)
-                file.write(_encode(header, checksum))
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(folder / FILE)
-        finally:
-            part.unlink(missing_ok=True)
+
+        def write(file: BinaryIO) -> None:
+            file.write(_encode(header, 0))
+            checksum = 0
+            with _bar("saving the memory", end) as bar:
+                for name in order:
+                    data = memoryview(self._arrays[name].reshape(-1).view(np.uint8))
+                    for at in range(0, len(data), _CHUNK):
+                        file.write(data[at : at + _CHUNK])
+                        checksum = zlib.crc32(data[at : at + _CHUNK], checksum)
+                        bar.update(len(data[at : at + _CHUNK]))
+            file.seek(0)
+            file.write(_encode(header, checksum))
+
+        write_whole(folder / FILE, write)
         _sync(folder)
 
     @classmethod
@@ -446,9 +444,8 @@ class AttentionMemory:
         for image_id, class_id in tqdm(self, "exporting maps", len(self), delay=2, unit=" maps"):
             pixels = _stored(self[image_id, class_id].numpy(), np.dtype(np.uint8))
             path = folder / f"{quote(image_id, safe=' ')}_{class_id}.png"
-            part = path.with_suffix(".part")
-            Image.fromarray(pixels).save(part, "png")
-            part.replace(path)
+            picture = Image.fromarray(pixels)
+            write_whole(path, lambda file, picture=picture: picture.save(file, "png"))
 
 
 # ---------------------------------------------------------------------------------- placement

@@ -134,8 +134,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "result.json"
     target.write_text("old")
 
-    def fail(path):
-        path.write_text("half")
+    def fail(file):
+        file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

@@ -1,5 +1,6 @@
 import io
 import re
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -12,11 +13,20 @@ from PIL import Image
 from attnviz.data.folder import load_folder
 from attnviz.data.scenes import CLASS_NAMES, Scenes
 from attnviz.explain import stage_maps
-from attnviz.figures import Example, attention, figure_names, make_figure, map_grid, stage_grid
+from attnviz.figures import (
+    Example,
+    attention,
+    decomposition,
+    figure_names,
+    make_figure,
+    map_grid,
+    stage_grid,
+)
 from attnviz.localize import box_iou, map_to_box
 from attnviz.networks import load_network
 from attnviz.probes import gradient_variance
 from attnviz.stages import staged
+from attnviz.tree import evidence
 
 NUMBERS = [number for number, _ in figure_names()]
 EXPECTED = {
@@ -31,6 +41,20 @@ EXPECTED = {
     "3.4": {"stage 1", "$M^{(5)}$", "fused, stages 3 to 5", "LayerCAM"},
     "3.5": {"stage 1", "stage 5", "fused 3+4+5", "horse", "deer"},
     "3.6": {"Grad-CAM", "Grad-CAM++", "LayerCAM", "taxi", "crane ship"},
+    "5.1": {"“horse”, 100%", "stage 1", "stage 5", "what excites the strongest"},
+    "5.2": {"decision $d$", "attention map $A$", "what excites it", "×", "="},
+    "5.3": {"what excites\nthe dot"},
+    "5.4": {"“horse”\n100%", "stage 1", "stage 5"},
+    "5.5": {"(a) stage 5", "(a) stage 1", "(b) channels", "removal", "gAP", "overlapping"},
+    "5.6": {"72 pictures of 12 classes;\nchannels counted 5 times or more", "mean"},
+    "5.7": {"gAP", "SG", "GB", "IG", "none", "classifier", "stage1.0"},
+    "5.8": {"12 pictures", "accuracy", "match rate", "accuracy, whole network"},
+    "5.9": {"stage 3", "stage 5", "gAP", "LRP", "conductance", "internal influence"},
+    "5.10": {"strongest patches", "map covered", "deer 84%, true: ox"},
+    "5.11": {"strongest patches", "deer 84%, true: ox"},
+    "5.12": {"original", "attacked", "of the class before, by rank", "of the class after"},
+    "5.13": {"picture", "stage 5", "stage 4", "fire engine"},
+    "5.14": {"deer, n = 5", "object", "grass"},
 }
 
 
@@ -41,9 +65,15 @@ def sheet(tiny):
     return stage_grid(picture, maps, fused=(2, 3))
 
 
+class Made(dict):
+    def __missing__(self, number):
+        self[number] = make_figure(number)
+        return self[number]
+
+
 @pytest.fixture(scope="module")
 def made():
-    return {number: make_figure(number) for number in NUMBERS}
+    return Made()  # each when it is first asked for
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +123,7 @@ def test_map_grid_leaves_a_zero_map_dark():
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_figure_says_what_it_shows(made, number):
-    assert EXPECTED[number] <= set(_texts(made[number]))
+    assert EXPECTED[number] <= {text.get_text() for text in made[number].findobj(Text)}
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -245,7 +275,103 @@ def test_figures_leave_the_network_alone(net):
     assert all(parameter.grad is None for parameter in net.model.parameters())
 
 
+# ------------------------------------------------------------------------------- decomposition
+
+
+def _singles(count):
+    scenes = Scenes("val", count=10_000, objects="few")
+    return list(islice((scene for scene in scenes if len(scene.objects) == 1), count))
+
+
+def test_shares_of_figure_5_4_are_those_of_gradient_times_activation(made, net):
+    wanted = [CLASS_NAMES.index("horse")]
+    scenes = Scenes("val", count=500, objects="few")
+    scene = next(s for s in scenes if [o.class_id for o in s.objects] == wanted)
+    pieces = net.differentiable(net.preprocess(scene.image), [5])
+    (gradient,) = torch.autograd.grad(pieces.output[0, wanted[0]], pieces.activations)
+    sums = (gradient * pieces.activations[0]).sum((0, 2, 3)).detach()
+    parts = sums.relu() / sums.relu().sum()
+    channels = parts.argsort(descending=True)[:3].tolist()
+    expected = {f"no. {channel}, {float(parts[channel]):.0%}" for channel in channels}
+    assert expected <= set(_texts(made["5.4"]))
+
+
+def test_curve_of_figure_5_5_is_that_of_gradient_times_activation(made, net):
+    curves = []
+    for scene in _singles(12):
+        pieces = net.differentiable(net.preprocess(scene.image), [5])
+        score = pieces.output[0, scene.objects[0].class_id]
+        (gradient,) = torch.autograd.grad(score, pieces.activations)
+        sums = (gradient * pieces.activations[0]).sum((0, 2, 3)).detach().double()
+        curves.append((100 * sums / sums.relu().sum()).sort(descending=True).values)
+    axis = next(axis for axis in made["5.5"].axes if axis.get_title() == "(a) stage 5")
+    line = next(line for line in axis.lines if line.get_label() == "gAP")
+    np.testing.assert_allclose(line.get_ydata(), torch.stack(curves).mean(0), atol=1e-3)
+
+
+def test_channels_of_one_class_are_discriminative(net):
+    scene = _singles(1)[0]
+    example = Example(scene.image, scene.objects[0].class_id)
+    [axis] = make_figure("5.6", network=net, pictures=[example] * 5).axes
+    points = next(line for line in axis.lines if line.get_label() == "channel")
+    assert len(points.get_ydata()) >= 15  # three channels of each of five stages
+    assert set(points.get_ydata()) == {1.0}
+
+
+def test_maps_of_figure_5_7_change_from_being_the_same(made):
+    [axis] = made["5.7"].axes
+    lines = [line for line in axis.lines if line.get_label() in {"gAP", "SG", "GB", "IG"}]
+    assert [line.get_ydata()[0] for line in lines] == [1.0] * 4
+    assert all(abs(line.get_ydata()[-1]) < 0.9 for line in lines)
+
+
+def test_lines_of_figure_5_9_start_at_the_accuracy_of_the_network(made):
+    net = load_network("scenes_conv")
+    scenes = _singles(12)
+    ids = torch.tensor([scene.objects[0].class_id for scene in scenes])
+    images = torch.cat([net.preprocess(scene.image) for scene in scenes])
+    accuracy = 100 * (net(images).argmax(1) == ids).double().mean()
+    lines = [line for axis in made["5.9"].axes for line in axis.lines]
+    assert len(lines) == 12
+    assert {line.get_ydata()[0] for line in lines} == {float(accuracy)}
+
+
+def test_bars_of_figure_5_12_are_the_largest_activations(made):
+    net = load_network("scenes_conv")
+    axis = next(axis for axis in made["5.12"].axes if axis.get_title() == "(b) this picture")
+    with torch.no_grad():
+        activation = net.activations(net.preprocess(_singles(1)[0].image))[0][4][0]
+    channels = [int(label.get_text()) for label in axis.get_xticklabels()]
+    heights = [bar.get_height() for bar in axis.containers[0]]
+    np.testing.assert_allclose(heights, activation.amax((1, 2))[channels], rtol=1e-5)
+
+
+def test_regions_of_the_user_name_what_lies_under_the_maps(net):
+    scene = _singles(1)[0]
+    size = scene.image.shape[:2]
+    regions = {"floor": np.ones(size, bool), "ceiling": np.zeros(size, bool)}
+    example = Example(scene.image, scene.objects[0].class_id, regions=regions)
+    [axis] = make_figure("5.14", network=net, pictures=[example]).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["floor"]
+    assert [bar.get_height() for bar in axis.patches] == [100]
+
+
+def test_map_is_magnified_to_what_its_decision_sees(net):
+    scene = _singles(1)[0]
+    tree = evidence(net, scene.image)
+    for edge in tree.edges:
+        pixels, (x0, y0, x1, y1) = decomposition._magnified(tree, edge)
+        assert pixels.shape[0] == pixels.shape[1]
+        assert 0 <= x0 < x1 <= 112
+        assert 0 <= y0 < y1 <= 112
+        if edge.parent != "class":
+            seen = tree.nodes[edge.parent].field
+            assert np.all((x0, y0) <= np.array(seen[:2]))
+            assert np.all((x1, y1) >= np.array(seen[2:]))
+
+
 PICTURE = np.full((64, 64, 3), 128, dtype=np.uint8)
+RIGHT = Example(Scenes("val", objects="few")[0].image, 5)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +383,9 @@ PICTURE = np.full((64, 64, 3), 128, dtype=np.uint8)
         ("1.3", {"pictures": [PICTURE]}, "expected pictures with a mask .* figure 1.3"),
         ("3.6", {"pictures": [PICTURE]}, "expected pictures with true boxes for figure 3.6"),
         ("2.1", {"network": "scenes_fc"}, "expected a network that ends in a global average"),
+        ("5.8", {"pictures": [PICTURE]}, "expected pictures of known classes for figure 5.8"),
+        ("5.10", {"pictures": [RIGHT]}, "expected a picture whose class scenes_fc gets wrong"),
+        ("5.14", {"pictures": [Example(PICTURE, 0)]}, "expected pictures with masks of what"),
         ("3.1", {"network": "nothing"}, "expected the name of a network, got 'nothing'"),
     ],
 )

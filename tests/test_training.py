@@ -117,7 +117,7 @@ def test_killed_process_leaves_a_run_that_resumes_to_equal_bits(tmp_path):
 
 def test_half_written_file_of_a_killed_run_is_ignored(run, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
-    (tmp_path / "checkpoint.pt.part").write_bytes(b"half a checkp")
+    (tmp_path / ".checkpoint.pt.1.part").write_bytes(b"half a checkp")
     resumed = train_classifier(SMALL, tmp_path, resume=True, progress=False)
     assert _weights(resumed) == _weights(run)
 

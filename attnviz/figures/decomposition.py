@@ -1,5 +1,6 @@
 """Figures of chapter 5: decisions decomposed into channels, and what that is worth."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -710,15 +711,14 @@ def _context_shares(net: Staged, examples: list[Example], seed: int) -> Sheet:
     tables = [map_labels(_tree(net, each, depth=2), _regions(each)) for _, each in chosen]
     table = pd.concat(tables)
     table = table[table["stage"] == deepest - 1]
-    labels = table["label"].where(table["iou"] > 0, "elsewhere")
-    classes = sorted({id for id, _ in chosen}, key=lambda id: -[i for i, _ in chosen].count(id))
-    classes = sorted(classes[:12])
-    columns = min(4, len(classes))
-    rows = -(-len(classes) // columns)
+    labels = table["label"].where(table["iou"] > 0, "none")
+    counts = dict(sorted(Counter(id for id, _ in chosen).most_common(12)))
+    columns = min(4, len(counts))
+    rows = -(-len(counts) // columns)
     note = (f"maps of stage {deepest - 1} in {_pictures(len(chosen))} (n for each class), by the "
-            "region of the largest intersection over union")  # fmt: skip
-    figure, axes = _chart(rows, columns, 1.15 * rows + 0.3, note)
-    for axis, class_id in zip(axes.flat, classes, strict=False):
+            "region of the largest\nintersection over union, none where it is 0")  # fmt: skip
+    figure, axes = _chart(rows, columns, 1.15 * rows + 0.4, note)
+    for axis, (class_id, count) in zip(axes.flat, counts.items(), strict=False):
         own = labels[table["class_id"] == class_id]
         part = 100 * own.value_counts(normalize=True)[:4]
         axis.bar(range(len(part)), part, 0.6, color="0.6", ec="black", lw=0.6)
@@ -728,9 +728,8 @@ def _context_shares(net: Staged, examples: list[Example], seed: int) -> Sheet:
         axis.set_xticks(range(len(part)), [name.replace(" ", "\n") for name in names],
                         fontsize=TINY)  # fmt: skip
         axis.set(ylim=(0, 119), xlim=(-0.6, 3.6), yticks=(0, 50, 100))
-        count = sum(id == class_id for id, _ in chosen)
         _named(axis, f"{_name(net, class_id)}, n = {count}", "", "maps (%)")
-    for axis in axes.flat[len(classes) :]:
+    for axis in axes.flat[len(counts) :]:
         axis.set_visible(False)
     for axis in axes[:, 1:].flat:
         axis.set_ylabel("")

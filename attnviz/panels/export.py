@@ -17,6 +17,8 @@ from pathlib import Path
 import anywidget
 from PIL import Image
 
+from ..files import write_whole
+
 __all__ = ["Panel", "save_page", "source", "style"]
 
 _WIDGET_TRAITS = {"_esm", "_css", "_anywidget_id", *anywidget.AnyWidget.class_trait_names()}
@@ -152,14 +154,10 @@ def _write(path: Path, text: str) -> None:
             f"expected `path` in an existing folder, got {str(path)!r}; "
             f"create {str(path.parent)!r} first"
         )
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, "utf-8")
-        part.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise type(error)(
             f"expected `path` in a writable folder, got {str(path)!r} ({error.strerror}); "
             "save to another folder"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)

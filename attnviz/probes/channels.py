@@ -7,9 +7,7 @@ decomposition for an image of class :math:`c`, :math:`D_k` is its discriminative
 """
 
 import hashlib
-import io
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..crops import Forward, field_of_view, run
+from ..files import write_whole
 from ..stages import Staged
 
 if TYPE_CHECKING:
@@ -343,15 +342,8 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray]:
 
 
 def _save(path: Path, key: str, state: dict[str, np.ndarray]) -> None:
-    file = io.BytesIO()
-    np.savez(file, key=np.array(key), **state)
-    part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as out:
-        out.write(file.getvalue())
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(path)
+    write_whole(path, lambda file: np.savez(file, key=np.array(key), **state))
 
 
 # --------------------------------------------------------------------------- discriminativeness

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..data.scenes import Scenes
+from ..files import write_whole
 from ..metrics import average_precision
 from ..networks import FiveStage
 from .runs import (
@@ -46,7 +47,6 @@ from .runs import (
     save_run,
     start_fabric,
     table,
-    write_whole,
 )
 
 __all__ = ["TrainConfig", "train_classifier"]

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..evolution import EvolutionWriter
+from ..files import write_whole
 from ..memory import AttentionMemory
 from ..networks import OAANetwork, oaa_network
 from ..oaa import Reduction, enhancement_loss, hybrid_loss, soft_cross_entropy
@@ -40,7 +41,6 @@ from .runs import (
     save_run,
     start_fabric,
     together,
-    write_whole,
 )
 
 __all__ = ["IntegralConfig", "integral_config", "train_integral"]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
 from ..evolution import EvolutionWriter
+from ..files import write_whole
 from ..memory import AttentionMemory, Rule, place
 from ..networks import OAANetwork, oaa_network
 from ..oaa import accepts, attention, drop, drop_mask, hybrid_loss
@@ -54,7 +55,6 @@ from .runs import (
     start_fabric,
     table,
     together,
-    write_whole,
 )
 
 __all__ = ["OAAConfig", "Preset", "oaa_config", "train_oaa"]

@@ -27,12 +27,13 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from .. import __version__
+from ..files import write_whole
 
 __all__ = [
     "Device", "Precision", "RunConfig", "batches", "check_choices", "check_counts", "check_rates",
     "csv_bytes", "epoch_seed", "json_bytes", "network_bytes", "normalized", "one_cycle",
     "open_run", "poly", "reproducible", "resolved", "save_run", "start_fabric", "step", "table",
-    "together", "write_whole",
+    "together",
 ]  # fmt: skip
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -306,16 +307,6 @@ def save_run(out: Path, state: Mapping[str, object], **parts: object) -> None:
     write_whole(out / "config.json", json_bytes(state["config"]))
     if state["history"]:
         write_whole(out / "history.csv", csv_bytes(state["history"]))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes all or nothing: who reads, or dies here, leaves the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def json_bytes(content: object) -> bytes:

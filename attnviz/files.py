@@ -1,0 +1,31 @@
+"""Files that are whole: who reads, or dies here, leaves the old one or the new one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["write_whole"]
+
+
+def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Writes a file under another name first and then gives it its own.
+
+    Args:
+        path: The file; a device, such as ``/dev/stdout``, is written to and not replaced.
+        content: Its bytes, or what writes them.
+    """
+    write = content if callable(content) else lambda file: file.write(content)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as file:
+            write(file)
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
