@@ -145,11 +145,12 @@ def make_figure(
         number: The figure's number, such as ``"3.1"``; see :func:`figure_names`.
         network: A network or its name; a bundled one if None.
         pictures: Pictures to draw, of which the first ones are taken, as many as the figure has
-            room for: :class:`Example` objects, a :class:`~attnviz.data.folder.LabeledImages` or
-            what :func:`attnviz.images.to_pixels` reads. A labeled picture is explained for its
-            class where the network knows the name, others for the highest score. None takes
-            generated scenes: the first of the validation split that show one object of a class
-            named beforehand, whatever their maps look like.
+            room for; all for a figure that counts or measures. :class:`Example` objects, a
+            :class:`~attnviz.data.folder.LabeledImages` or what :func:`attnviz.images.to_pixels`
+            reads. A labeled picture is explained for its class where the network knows the name,
+            others for the highest score. None takes generated scenes: the first of the validation
+            split that show one object, of a class named beforehand where the figure has one,
+            whatever their maps look like.
         runs: For the figures of chapter 4: folders of trainings, or what
             :func:`attnviz.evolution.load_evolution` returns; bundled ones if None.
         seed: Number of the generated data set, and of random choices.

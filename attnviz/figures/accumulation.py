@@ -185,7 +185,7 @@ def _with_and_without_drop(runs: Runs, seed: int) -> Sheet:
 
 
 def _all_variants(runs: Runs, seed: int) -> Sheet:
-    return _compared(runs, ("CAM", "OAA", "OAA++", "OAA+"), 6, PAGE)
+    return _compared(runs, ("CAM", "OAA", "OAA++", "OAA+"), 4, PAGE)
 
 
 def _recall(runs: Runs, seed: int) -> Sheet:

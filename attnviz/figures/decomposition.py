@@ -1,5 +1,6 @@
 """Figures of chapter 5: decisions decomposed into channels, and what that is worth."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,15 +99,17 @@ def _dot(axis: Axes, tree: Evidence, node: Node, place: Place, box: Box | None =
 
 
 def _magnified(tree: Evidence, edge: Edge) -> tuple[np.ndarray, Box]:
-    # The map over what the decision can see, and which box of the picture that is.
+    # The map over what the decision can see, and which box of the picture that is; the box has the
+    # picture's shape.
     picture = _seen(tree)
     height, width = picture.shape[:2]
     x0, y0, x1, y1 = (0, 0, width, height)
     if edge.parent != CLASS:
         x0, y0, x1, y1 = tree.nodes[edge.parent].field
-        side = min(max(x1 - x0, y1 - y0), height, width)
-        x0, y0 = min(x0, width - side), min(y0, height - side)
-        x1, y1 = x0 + side, y0 + side
+        wide = max(x1 - x0, math.ceil((y1 - y0) * width / height))
+        tall = math.ceil(wide * height / width)
+        x0, y0 = min(x0, width - wide), min(y0, height - tall)
+        x1, y1 = x0 + wide, y0 + tall
     map = torch.tensor(blocky(normalize(edge.map.cpu()).numpy(), picture))
     return map_over(picture[y0:y1, x0:x1], map[y0:y1, x0:x1]), (x0, y0, x1, y1)
 
@@ -119,6 +122,7 @@ def _excited(tree: Evidence, nodes: Sequence[Node]) -> list[np.ndarray]:
         values = window.gradient.cpu()
         values = values / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
         strong = values.abs().amax(dim=0) > 0.1
+        strong |= ~strong.any()  # nothing that excites: all of it, in grey
         rows, columns = strong.any(dim=1).nonzero()[:, 0], strong.any(dim=0).nonzero()[:, 0]
         inside = values[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         pixels = 128 + 127 * inside.sign() * inside.abs() ** 0.7
@@ -585,7 +589,7 @@ def _attack(net: Staged, examples: list[Example], seed: int, top: int = 4) -> Sh
     best = net(images).topk(2, dim=1).indices
     true, wanted = best[:, 0], best[:, 1]
     attack = carlini_wagner(
-        net, images, wanted, confidence=2.0, searches=1, steps=60, learning_rate=0.02,
+        net, images, wanted, confidence=2.0, searches=2, steps=60, learning_rate=0.02,
         constant=1.0, progress=True,
     )  # fmt: skip
     if not attack.success.any():
