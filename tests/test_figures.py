@@ -41,6 +41,17 @@ EXPECTED = {
     "3.4": {"stage 1", "$M^{(5)}$", "fused, stages 3 to 5", "LayerCAM"},
     "3.5": {"stage 1", "stage 5", "fused 3+4+5", "horse", "deer"},
     "3.6": {"Grad-CAM", "Grad-CAM++", "LayerCAM", "taxi", "crane ship"},
+    "4.1": {"picture", "epoch 2", "epoch 12", "maximum"},
+    "4.2": {"picture", "epoch 2", "epoch 12", "maximum"},
+    "4.3": {"(a) online attention accumulation", "(b) integral attention model", "hybrid loss"},
+    "4.4": {"class maps $F^c$", "GAP", "max", "$A_{12}$", "$M_{12}$"},
+    "4.5": {"image $I$", "×", "hide where $A > \\delta$,\nwith probability $\\beta$"},
+    "4.6": {"picture", "OAA", "OAA++"},
+    "4.7": {"picture", "CAM", "OAA", "OAA++", "OAA+"},
+    "4.10": {"recall of the object (%)", "OAA, accumulated", "OAA++, map of the epoch"},
+    "4.11": {"picture", "epoch 2", "epoch 4", "epoch 12", "maximum"},
+    "4.12": {"deer\nOAA", "deer\nOAA++"},
+    "4.13": {"$F_1$", "$F_2$", "hybrid loss", "shared stages"},
     "5.1": {"“horse”, 100%", "stage 1", "stage 5", "what excites the strongest"},
     "5.2": {"decision $d$", "attention map $A$", "what excites it", "×", "="},
     "5.3": {"what excites\nthe dot"},
@@ -148,7 +159,8 @@ def test_figure_is_a_pdf_whose_text_is_text(made, number):
     assert b"/FontFile2" in pdf  # an embedded TrueType font
     assert b"/Type3" not in pdf
     assert len(re.findall(rb"\sT[jJ]\s", pdf)) >= 4
-    assert f"figure {number}; network scenes_".encode() in pdf
+    source = "OAA: scenes on scenes" if number.startswith("4.") else "network scenes_"
+    assert f"figure {number}; {source}".encode() in pdf
 
 
 def test_the_same_figure_has_the_same_bytes(made):
@@ -357,7 +369,8 @@ def test_regions_of_the_user_name_what_lies_under_the_maps(net):
 
 
 @pytest.mark.parametrize("rows", [112, 64])
-def test_map_is_magnified_to_what_its_decision_sees(net, rows):
+def test_map_is_magnified_to_what_its_decision_sees(rows):
+    net = load_network("scenes_conv")  # of any size
     tree = evidence(net, net.preprocess(_singles(1)[0].image)[:, :, -rows:])
     for edge in tree.edges:
         pixels, (x0, y0, x1, y1) = decomposition._magnified(tree, edge)

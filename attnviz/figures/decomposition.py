@@ -589,8 +589,8 @@ def _attack(net: Staged, examples: list[Example], seed: int, top: int = 4) -> Sh
     best = net(images).topk(2, dim=1).indices
     true, wanted = best[:, 0], best[:, 1]
     attack = carlini_wagner(
-        net, images, wanted, confidence=2.0, searches=2, steps=60, learning_rate=0.02,
-        constant=1.0, progress=True,
+        net, images, wanted, confidence=2.0, searches=1, steps=60, learning_rate=0.01,
+        constant=10.0, progress=True,
     )  # fmt: skip
     if not attack.success.any():
         raise ValueError("expected an attack that succeeds, got none; give other pictures")

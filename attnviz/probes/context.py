@@ -87,8 +87,8 @@ def map_labels(tree: "Evidence", regions: Regions, *, level: float = 0.5) -> pd.
 
     Returns:
         One row for each edge: ``class_id``, ``parent``, ``stage``, ``channel``, ``share``,
-        ``label``, the region of the largest intersection over union, and its ``iou``; without
-        regions the label is None.
+        ``label``, the region of the largest intersection over union, and its ``iou``; where
+        no region is met the label is None.
 
     References:
         Thesis section 5.3.2.3.
@@ -101,7 +101,8 @@ def map_labels(tree: "Evidence", regions: Regions, *, level: float = 0.5) -> pd.
         if names:
             masks = torch.from_numpy(np.stack([regions[name] for name in names]))
             found = _ious(edge.map[None].cpu(), masks, level)[0]
-            iou, label = float(found.max()), names[int(found.argmax())]
+            iou = float(found.max())
+            label = names[int(found.argmax())] if iou > 0 else None
         rows.append([tree.class_id, edge.parent, node.stage, node.channel, edge.share, label, iou])
     columns = ["class_id", "parent", "stage", "channel", "share", "label", "iou"]
     return pd.DataFrame(rows, columns=columns)
@@ -115,13 +116,14 @@ def label_shares(table: pd.DataFrame, stage: int | None = None) -> pd.DataFrame:
         stage: Only maps of this stage; all if None.
 
     Returns:
-        The share of each label (columns) among the maps of each class (rows), 0 to 1.
+        The share of each label (columns) among the maps of each class (rows), 0 to 1; the
+        column ``none`` counts maps that meet no region.
 
     References:
         Thesis figure 5.14.
     """
     chosen = table if stage is None else table[table["stage"] == stage]
-    return pd.crosstab(chosen["class_id"], chosen["label"], normalize="index")
+    return pd.crosstab(chosen["class_id"], chosen["label"].fillna("none"), normalize="index")
 
 
 # ------------------------------------------------------------------------------------- concepts

@@ -82,7 +82,7 @@ def channel_importance(
         make = LayerConductance if method == "conductance" else InternalInfluence
         found = make(model, model.stage).attribute(
             images.detach().clone(), torch.zeros_like(images), target=ids, n_steps=steps,
-            internal_batch_size=max(batch_size, len(images)),
+            internal_batch_size=max(batch_size, 2 * len(images)),
         )  # fmt: skip
         return found.detach().sum(dim=(2, 3)).to(images.dtype)
 
