@@ -50,6 +50,17 @@ def test_repeats_show_their_mean_and_range(made, monkeypatch):
         assert [row["recall"]["low"], row["recall"]["high"]] == sorted(values)
 
 
+def test_boxes_of_both_branches_are_those_of_the_run(made):
+    _, cache = made
+    table = make_table("4.14", limit=24, epochs=2, cache=cache, progress=False)
+    runs = [json.loads(path.read_text()) for path in cache.glob("OAAConfig-*/metrics.json")]
+    [found] = [run["localization"] for run in runs if "localization" in run]
+    assert table.n == found["cam"]["images"]
+    for row, name in ((table.rows[0], "cam"), (table.rows[-1], "oaa")):
+        assert row["loc1"]["ours"] == pytest.approx(found[name]["loc1"]["score"], abs=0.006)
+    assert table.rows[1]["loc1"] == {"paper": 45.92, "ours": None, "low": None, "high": None}
+
+
 def test_overlap_is_that_of_the_labels_drawn_from_the_maps():
     class Pictures:
         class_names = ("a", "b")

@@ -40,7 +40,7 @@ from .table import Row, Table, numbers
 
 __all__ = ["TABLES", "make"]
 
-TABLES = ("4.5", "4.6", "4.8", "4.9", "4.10", "4.11", "4.13")
+TABLES = ("4.5", "4.6", "4.8", "4.9", "4.10", "4.11", "4.13", "4.14")
 
 _BACKGROUND = np.arange(0.05, 0.96, 0.05)
 _RESAMPLES = 500
@@ -237,6 +237,8 @@ def make(
         preset, data=data, network=network, device=device,
         **{key: value for key, value in changes.items() if value is not None},
     )  # fmt: skip
+    if id == "4.14":
+        return _localization(config, root, seed, repeats, cache, progress)
     measured: dict[int, list[_Measured]] = {}
     for repeat in range(repeats):
         again = OAAConfig(**asdict(config) | {"seed": seed + repeat})
@@ -257,6 +259,60 @@ def make(
     )  # fmt: skip
 
 
+def _localization(
+    config: OAAConfig, root: Path | None, seed: int, repeats: int, cache: Path, progress: bool
+) -> Table:
+    # Table 4.14: boxes of unseen images, by the maps of the two branches of one training.
+    found: list[dict] = []
+    for repeat in range(repeats):
+        source = _Source(OAAConfig(**asdict(config) | {"seed": seed + repeat, "branch": True}))
+        run, _ = _trained(source, cache, root, progress)
+        found.append(json.loads((run / "metrics.json").read_text())["localization"])
+    if not found[0] or not found[0]["cam"]["images"]:
+        raise ValueError(
+            f"expected unseen pictures of one class with a box for table 4.14, got none in "
+            f"{config.data}; take cub or scenes"
+        )
+    names = {"CAM": "cam", "OAA": "oaa"}
+
+    def cells(paper: Mapping[str, object], measure: str) -> dict[str, float | None]:
+        name = names.get(str(paper.get("method")))
+        parts = ("score", "low", "high")
+        values = [[each[name][measure][part] for part in parts] for each in found if name]
+        return _joined(paper.get(measure), values)
+
+    rows: list[Row] = [
+        {"method": row["method"]} | {measure: cells(row, measure) for measure in ("loc1", "loc5")}
+        for row in numbers()["4.14"]["rows"]
+    ]
+    extra: list[Row] = []
+    for name, key in names.items():
+        values = [[each[key]["gt_known"][k] for k in ("score", "low", "high")] for each in found]
+        extra.append(
+            {
+                "method": f"{name}, gt_known",
+                "loc1": _joined(None, values),
+                "loc5": _joined(None, None),
+            }
+        )
+    notes = [
+        f"boxes around the largest region above {100 * found[0]['cam']['threshold']:g} % of the "
+        "maximum of the true class' map; classes by the first branch",
+        "CAM: the map of the branch that classifies; OAA: that of the branch that learned the "
+        "accumulated maps",
+        "rows without ours are of other papers, as the thesis quotes them",
+        *_notes("4.14", config, repeats)[-2:],
+    ]
+    if config.data == "scenes":
+        notes.insert(0, "generated pictures: split val of scenes, those of one class")
+    return Table(
+        id="4.14", title=numbers()["4.14"]["title"], data=config.data, network=config.network,
+        preset=config.preset, seed=seed, versions=package_versions(),
+        n=found[0]["cam"]["images"], rows=rows, extra=extra, notes=notes,
+        weights={"weights": "trained for this table"},
+    )  # fmt: skip
+
+
 def _row(
     paper: Mapping[str, object], measured: Sequence[_Measured] | None, class_names: Sequence[str]
 ) -> Row:
@@ -274,11 +330,12 @@ def _row(
         elif not isinstance(value, float) or column in ("threshold", "delta", "beta"):
             row[column] = value
             continue
-        row[column] = _joined(value, values, measured)
+        row[column] = _joined(value, measured and [values(each) for each in measured])
     if "class_mean_computed" in paper:
         for number, name in enumerate(class_names):
             if name not in paper:
-                row[name] = _joined(None, _mean_of("recall", number), measured)
+                recall = _mean_of("recall", number)
+                row[name] = _joined(None, measured and [recall(each) for each in measured])
     return row
 
 
@@ -303,22 +360,17 @@ def _class_mean(measured: _Measured) -> tuple[float, float, float]:
     return 100 * float(np.mean(means)), float("nan"), float("nan")
 
 
-def _joined(
-    paper: object,
-    values: Callable[[_Measured], tuple[float, float, float]] | None,
-    measured: Sequence[_Measured] | None,
-) -> dict[str, float | None]:
+def _joined(paper: object, found: Sequence[Sequence[float]] | None) -> dict[str, float | None]:
     # One training: its value and interval over images. Several: their mean, least and largest.
     cell = {"paper": paper, "ours": None, "low": None, "high": None}
-    if measured is None or values is None:
+    if not found:
         return cell
-    found = np.array([values(each) for each in measured])
-    if len(found) == 1:
-        shown = found[0]
-    else:
-        shown = np.array([found[:, 0].mean(), found[:, 0].min(), found[:, 0].max()])
-    numbers = [None if np.isnan(value) else round(float(value), 2) for value in shown]
-    return cell | dict(zip(("ours", "low", "high"), numbers, strict=True))
+    values = np.array(found, dtype=np.float64)
+    shown = values[0]
+    if len(values) > 1:
+        shown = np.array([values[:, 0].mean(), values[:, 0].min(), values[:, 0].max()])
+    rounded = [None if np.isnan(value) else round(float(value), 2) for value in shown]
+    return cell | dict(zip(("ours", "low", "high"), rounded, strict=True))
 
 
 def _notes(id: str, config: OAAConfig, repeats: int) -> list[str]:
