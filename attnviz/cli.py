@@ -512,7 +512,7 @@ def _trained(run: Path) -> dict[str, object]:
         if _is_first():
             _say(f"{run}: stopped as asked; go on with --resume")
         return {"run": str(run), "stopped": True}
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = _metrics(run, "metrics.json")
     if _is_first():
         if "mean_average_precision" in metrics:
             found = f"{metrics['mean_average_precision']:.3f} on {metrics['images']} images"
@@ -527,6 +527,16 @@ def _trained(run: Path) -> dict[str, object]:
     return {"run": str(run), **metrics}
 
 
+def _metrics(run: Path, last: str) -> dict[str, object]:
+    try:
+        return json.loads((run / "metrics.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected the metrics of a finished run in {str(run)!r}, got none that can be read; "
+            f"delete its {last} and --resume"
+        ) from error
+
+
 def _train_classifier(options: argparse.Namespace) -> dict[str, object]:
     from .training import TrainConfig, train_classifier
 
@@ -536,13 +546,7 @@ def _train_classifier(options: argparse.Namespace) -> dict[str, object]:
     )  # fmt: skip
     check_writable(options.out.parent)
     run = train_classifier(config, options.out, options.resume)
-    try:
-        metrics = json.loads((run / "metrics.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"expected the metrics of a finished run in {str(run)!r}, got none that can be read; "
-            "delete its network.safetensors and --resume"
-        ) from error
+    metrics = _metrics(run, "network.safetensors")
     score = metrics["mean_average_precision"]
     _say(f"{run}: mean average precision {score:.3f} on {metrics['images']} generated scenes")
     return {"run": str(run), **metrics}

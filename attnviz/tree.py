@@ -487,7 +487,7 @@ def _check_top(top: int) -> int:
 
 def _target(forward: Forward, class_id: object) -> int | Neuron:
     if isinstance(class_id, tuple):
-        if len(class_id) != 4:
+        if len(class_id) != 4 or not all(isinstance(part, Integral) for part in class_id):
             raise ValueError(
                 f"expected a neuron as (stage, channel, row, column), got {class_id!r}"
             )

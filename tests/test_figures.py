@@ -399,6 +399,8 @@ RIGHT = Example(Scenes("val", objects="few")[0].image, 5)
         ("5.8", {"pictures": [PICTURE]}, "expected pictures of known classes for figure 5.8"),
         ("5.10", {"pictures": [RIGHT]}, "expected a picture whose class scenes_fc gets wrong"),
         ("5.14", {"pictures": [Example(PICTURE, 0)]}, "expected pictures with masks of what"),
+        ("4.1", {"pictures": [PICTURE]}, "expected `runs` for figure 4.1, got `pictures`"),
+        ("5.1", {"runs": ["run"]}, "expected `network` or `pictures` for figure 5.1, got `runs`"),
         ("3.1", {"network": "nothing"}, "expected the name of a network, got 'nothing'"),
     ],
 )

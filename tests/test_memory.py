@@ -438,14 +438,17 @@ def save_for_ever(folder, pipe):
         os.write(pipe, bytes([step]))
 
 source = random.Random(4)
-for _ in range(10):
+for turn in range(10):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         save_for_ever(sys.argv[1], writer)
+        os._exit(0)
     os.close(writer)
-    told = os.read(reader, 1)
-    time.sleep(source.uniform(0, 0.1))
+    told = b""
+    while len(told) <= turn:  # killed after another number of saves each time
+        told += os.read(reader, 1)
+    time.sleep(source.uniform(0, 0.05))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     told += os.read(reader, 1000)

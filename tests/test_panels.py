@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -286,12 +287,10 @@ def test_page_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
     target = tmp_path / "panel.html"
     target.write_text("old")
 
-    def full(self, text, *args):
-        with self.open("w") as file:
-            file.write(text[:100])
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"writable folder, got .* \(No space left.*\); save"):
         panel.save_html(target)
     assert target.read_text() == "old"
@@ -302,7 +301,7 @@ def test_folder_that_is_read_only_is_named(tmp_path, monkeypatch):
     def refuse(self, *args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(PermissionError, match=r"`path` in a writable folder, got .*denied"):
         _panel().save_html(tmp_path / "panel.html")
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch.testing import assert_close
 
 import attnviz.training.oaa as training
 from attnviz.bench_training import CASES, _Subject, bench_oaa
-from attnviz.cli import main
+from attnviz.cli import _trained, main
 from attnviz.evolution import load_evolution, request_stop
 from attnviz.memory import AttentionMemory
 from attnviz.networks import load_network, oaa_network
@@ -360,6 +361,26 @@ def test_resume_with_other_pictures_is_refused(run, tmp_path, monkeypatch):
         _train(SMALL, copied, resume=True)
 
 
+def test_resume_of_another_kind_of_training_names_no_damage(run, tmp_path):
+    message = "expected a run with IntegralConfig in .*, got one of another training or version"
+    before = _files(run)
+    with pytest.raises(ValueError, match=message):
+        train_integral(integral_config(run), run, resume=True, progress=False)
+    assert _files(run) == before
+
+
+def test_damaged_metrics_of_a_finished_run_are_made_anew(run, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    metrics = copied / "metrics.json"
+    metrics.write_bytes(metrics.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"got none .*; delete its metrics\.json and --resume"):
+        _trained(copied)
+    metrics.unlink()
+    _train(SMALL, copied, resume=True)
+    assert metrics.read_bytes() == (run / "metrics.json").read_bytes()
+
+
 # ------------------------------------------------------------------------------ several processes
 
 
@@ -509,6 +530,13 @@ def test_pictures_without_a_label_are_set_aside():
     left = Pictures(items, pictures.class_names, 32, "aspect")
     assert len(left) == 2
     assert left.unlabeled == pictures.image_ids[:1]
+
+
+def test_folder_without_any_label_is_refused(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{number}.png")
+    with pytest.raises(ValueError, match="two labeled pictures in .*; 3 have no label"):
+        open_pictures(str(tmp_path), "train", size=32)
 
 
 def test_class_that_never_passes_the_gate_gets_the_final_map_or_none(tmp_path, monkeypatch):

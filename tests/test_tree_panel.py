@@ -218,6 +218,12 @@ def test_classes_share_the_nodes_of_an_image(net):
     assert panel.picture().ndim == 3
 
 
+def test_one_class_named_twice_is_not_compared_with_another(net):
+    assert explore_evidence(net, _picture(), ["cat", "cat"]).class_ids == [
+        *explore_evidence(net, _picture(), "cat").class_ids
+    ]
+
+
 def test_another_class_is_made_when_it_is_asked_for(panel):
     [(content, _)] = _served(panel)(kind="expand", id="a:1", class_id=3, key="class:3")
     assert [family["key"] for family in content["packet"]["families"]] == ["class:3"]

@@ -449,7 +449,9 @@ def load_folder(
     root = Path(root)
     check_limit(limit)
     if not root.is_dir():
-        raise FileNotFoundError(f"expected a folder of pictures, got {str(root)!r}")
+        raise FileNotFoundError(
+            f"expected a folder of pictures, got {str(root)!r}, which is none; name one"
+        )
     files = list_pictures(root)
     if not files:
         raise ValueError(f"expected pictures ({', '.join(SUFFIXES)}) in {str(root)!r}, got none")

@@ -165,7 +165,14 @@ def make_figure(
         known = ", ".join(_FIGURES)
         raise ValueError(f"expected a figure in {{{known}}}, got {number!r}")
     kind = _FIGURES[number]
-    if isinstance(kind, RunKind):
+    drawn = isinstance(kind, RunKind)
+    idle = {"network": network, "pictures": pictures} if drawn else {"runs": runs}
+    if unused := [name for name, value in idle.items() if value is not None]:
+        raise ValueError(
+            f"expected {'`runs`' if drawn else '`network` or `pictures`'} for figure {number}, "
+            f"got `{unused[0]}`; leave it out"
+        )
+    if drawn:
         shown = given_runs(number, kind, runs)
         figure = kind.draw(shown, seed)
         figure.facts = f"figure {number}; " + "; ".join(

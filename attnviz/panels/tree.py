@@ -551,7 +551,8 @@ def explore_evidence(
     if class_ids is None or isinstance(class_ids, str | Integral):
         shown = chosen[:1]
     else:
-        shown = chosen[: min(len(class_ids), 2)]
+        given = {net.class_id(each) for each in class_ids}
+        shown = chosen[: min(len(given), 2)]
     settings.setdefault("class_ids", shown)
     forward = run(net, tensor)
     panel = TreePanel(

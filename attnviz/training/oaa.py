@@ -486,9 +486,12 @@ class _Accumulating:
         started = place[0] > self.loop.config.start and bool(known.any())
         if not started:  # the head takes part all the same, as several processes need it to
             return maps.mean(dim=(1, 2, 3)) * 0
-        # a mean over the images that have a target, shared out over all
-        share = known.float() * len(known) / known.sum()
-        return share * hybrid_loss(maps[known], wanted[known])
+        # the maps of the image's own classes alone (thesis 4.3.5): with the absent ones, which
+        # are nothing but background, the head would learn to answer with none
+        own = wanted.amax(dim=(2, 3)) > 0
+        loss = hybrid_loss(maps[own][:, None], wanted[own][:, None])
+        # a mean over the maps that have a target, shared out over the images that have one
+        return known.float() * len(known) / known.sum() * loss
 
     def finish_epoch(self, epoch: int) -> dict[str, float]:
         accumulator, fabric = self.accumulator, self.loop.fabric

@@ -210,9 +210,8 @@ def open_pictures(
             return None
         chosen = min(limit or len(source), len(source))
         items = [source[i * len(source) // chosen] for i in range(chosen)]
-        names = source.class_names or [
-            str(i) for i in range(1 + max(map(max, map(_classes, items))))
-        ]
+        most = max((c for item in items for c in _classes(item)), default=-1)
+        names = source.class_names or [str(i) for i in range(1 + most)]
     pictures = Pictures(items, names, size, fit)
     if len(pictures) < 2:
         raise ValueError(

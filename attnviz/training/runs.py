@@ -271,7 +271,8 @@ def open_run(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", *needed} - state.keys()
-        if missing:
+        other = "config" in state and state["config"].keys() != asdict(config).keys()
+        if missing and not other:
             raise ValueError(f"it lacks {sorted(missing)}")
     except (
         OSError, RuntimeError, ValueError, EOFError, AttributeError, UnpicklingError
@@ -281,6 +282,11 @@ def open_run(
             f"expected the checkpoint of a run, got {str(path)!r}, which could not be read "
             f"({reason[0]}); delete the run and start again"
         ) from error
+    if other:
+        raise ValueError(
+            f"expected a run with {type(config).__name__} in {str(out)!r}, got one of another "
+            "training or version; name another folder"
+        )
     before, now = state["config"], asdict(config)
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
