@@ -426,7 +426,7 @@ import os, random, signal, sys, time
 import torch
 from attnviz.memory import AttentionMemory
 
-def save_for_ever(folder, pipe):
+def _save_for_ever(folder, pipe):
     ids = [str(i) for i in range(400)]
     memory = AttentionMemory(
         dict.fromkeys(ids, (30, 30)), dict.fromkeys(ids, [0]), run_id="r", keep_last=True
@@ -442,7 +442,7 @@ for turn in range(10):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        save_for_ever(sys.argv[1], writer)
+        _save_for_ever(sys.argv[1], writer)
         os._exit(0)
     os.close(writer)
     told = b""
@@ -492,14 +492,14 @@ def test_loading_does_not_read_the_maps_into_memory(tmp_path):
 import re, sys, torch
 from pathlib import Path
 from attnviz.memory import AttentionMemory
-def private():
+def _private():
     text = Path("/proc/self/smaps_rollup").read_text()
     return int(re.search(r"Anonymous:\\s+(\\d+)", text)[1]) / 1e3
-before = private()
+before = _private()
 memory = AttentionMemory.load(sys.argv[1])
-opened = private()
+opened = _private()
 memory.update("3", 0, torch.ones(100, 100))
-print(opened - before, private() - opened)
+print(opened - before, _private() - opened)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True

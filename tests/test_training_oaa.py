@@ -558,6 +558,23 @@ def test_class_that_never_passes_the_gate_gets_the_final_map_or_none(tmp_path, m
     assert not any(memory[key].any() for key in memory)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's")
+def test_a_second_training_is_kept_out_of_the_folder(tmp_path):
+    import fcntl
+
+    out = tmp_path / "run"
+    out.mkdir()
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(FileExistsError, match="no other training in .* under way"):
+            _train(SMALL, out)
+        assert list(out.iterdir()) == []
+    finally:
+        os.close(held)
+    assert (_train(SMALL, out) / "metrics.json").is_file()
+
+
 def test_second_head_learns_the_maps_and_scores_unseen_images(tmp_path):
     config = replace(SMALL, branch=True, drop="none", validation_images=30)
     run = _train(config, tmp_path / "run")

@@ -32,6 +32,7 @@ from ..networks import FiveStage
 from .runs import (
     Device,
     Precision,
+    alone,
     batches,
     check_choices,
     check_counts,
@@ -156,7 +157,7 @@ def train_classifier(
     state = open_run(config, out, resume, fabric, ("task", "optimizer"))
     if state and state["epoch"] == config.epochs and (out / "network.md").is_file():
         return out
-    with reproducible(config, fabric):
+    with alone(out, fabric), reproducible(config, fabric):
         torch.manual_seed(config.seed)
         model = FiveStage(len(Scenes.class_names), config.head, config.size)
         task = _Task(model).to(memory_format=torch.channels_last)

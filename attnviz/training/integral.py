@@ -33,6 +33,7 @@ from .measure import (
 from .oaa import OAAConfig, Preset, Task, accumulated_targets, gathered, opened, write_network
 from .pictures import Batch
 from .runs import (
+    alone,
     check_choices,
     check_rates,
     json_bytes,
@@ -152,7 +153,7 @@ def train_integral(
         return out
     memory = AttentionMemory.load(run / "memory")
     shown = progress and fabric.is_global_zero
-    with reproducible(config, fabric), together(out, fabric):
+    with alone(out, fabric), reproducible(config, fabric), together(out, fabric):
         pictures = opened(source, "train", data, shown)
         if tuple(pictures.image_ids) != memory.image_ids:
             raise ValueError(

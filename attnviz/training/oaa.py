@@ -44,6 +44,7 @@ from .measure import (
 )
 from .pictures import Batch, Fit, Pictures, cut, open_pictures
 from .runs import (
+    alone,
     check_choices,
     check_counts,
     check_rates,
@@ -191,7 +192,7 @@ def train_oaa(
     if state and state["epoch"] == config.epochs and (out / "metrics.json").is_file():
         return out
     shown = progress and fabric.is_global_zero
-    with reproducible(config, fabric), together(out, fabric):
+    with alone(out, fabric), reproducible(config, fabric), together(out, fabric):
         pictures = opened(config, "train", root, shown)
         validation = opened(config, "validation", root, shown) if fabric.is_global_zero else None
         torch.manual_seed(config.seed)

@@ -30,7 +30,7 @@ from .. import __version__
 from ..files import write_whole
 
 __all__ = [
-    "Device", "Precision", "RunConfig", "batches", "check_choices", "check_counts", "check_rates",
+    "Device", "Precision", "RunConfig", "alone", "batches", "check_choices", "check_counts", "check_rates",
     "csv_bytes", "epoch_seed", "json_bytes", "network_bytes", "normalized", "one_cycle",
     "open_run", "poly", "reproducible", "resolved", "save_run", "start_fabric", "step", "table",
     "together",
@@ -229,6 +229,28 @@ def together(out: Path, fabric: Fabric) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------ the run's folder
+
+
+@contextmanager
+def alone(out: Path, fabric: Fabric) -> Iterator[None]:
+    """Keeps a second training out of the folder of a run; the lock ends with the process."""
+    if os.name != "posix" or not fabric.is_global_zero:
+        yield
+        return
+    import fcntl
+
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"expected no other training in {str(out)!r}, got one that is under way; wait "
+                "until it has ended, or name another folder"
+            ) from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def open_run(
