@@ -32,8 +32,8 @@ from ..files import write_whole
 __all__ = [
     "Device", "Precision", "RunConfig", "alone", "batches", "check_choices", "check_counts",
     "check_rates", "csv_bytes", "epoch_seed", "json_bytes", "network_bytes", "normalized",
-    "one_cycle", "open_run", "poly", "reproducible", "resolved", "save_run", "start_fabric", "step",
-    "table", "together",
+    "one_cycle", "open_run", "poly", "reproducible", "resolved", "save_run", "start_fabric",
+    "step", "table", "together",
 ]  # fmt: skip
 
 Device = Literal["auto", "cpu", "cuda"]
