@@ -1,5 +1,7 @@
 """A panel made of numbers only, the same in the test process and in a kernel."""
 
+import time
+
 import numpy as np
 
 from attnviz.panels import LayerCAMPanel
@@ -43,3 +45,11 @@ def _map(generator, size):
         cy, cx, spread, weight = generator.uniform((0, 0, 0.03, 0.2), (1, 1, 0.15, 1))
         map += weight * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * spread**2))
     return (map + 0.1 * generator.random(size)).astype(np.float32)
+
+
+def settles(read, expected, seconds=10):
+    """Tells whether `read()` becomes `expected`, asked again and again for some seconds."""
+    end = time.monotonic() + seconds
+    while (found := read()) != expected and time.monotonic() < end:
+        time.sleep(0.05)
+    return found == expected

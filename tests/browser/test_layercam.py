@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from sample import make_panel
+from sample import make_panel, settles
 
 pytestmark = pytest.mark.browser
 
@@ -191,7 +191,7 @@ def test_damage_is_reported_in_the_panel(panel, open_page, tmp_path):
 
 # -------------------------------------------------------------------------------- JupyterLab
 
-CELLS = ["from sample import make_panel\npanel = make_panel()\npanel", "x = 1"]
+CELLS = ["from sample import make_panel, settles\npanel = make_panel()\npanel", "x = 1"]
 READY = """async () => {
   const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
   for (let k = 0; k < 300; k++, await wait(100)) {
@@ -325,10 +325,10 @@ def test_panel_in_jupyterlab_equals_python_and_tells_the_kernel(lab_page):
     _slide(lab_page, "Threshold", 0.45)
     panel.gamma, panel.stages, panel.class_id, panel.threshold = 5.5, [2, 3, 4, 5], 2, 0.45
     _assert_same(lab_page, panel)
-    lab_page.wait_for_timeout(400)
     names = ["gamma", "stages", "class_id", "threshold", "box"]
-    state = _kernel(lab_page, f"[getattr(panel, name) for name in {names}]")
-    assert state == [5.5, [2, 3, 4, 5], 2, 0.45, list(panel.box)]
+    expected = [5.5, [2, 3, 4, 5], 2, 0.45, list(panel.box)]
+    state = f"[getattr(panel, name) for name in {names}]"
+    assert settles(lambda: _kernel(lab_page, state), expected)
     assert _shown_box(lab_page) == panel.box
 
 

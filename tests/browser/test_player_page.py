@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from recorded import record
+from sample import settles
 from test_layercam import READY, RUN, TWO_FRAMES
 
 from attnviz.evolution import load_evolution
@@ -116,7 +117,7 @@ def _assert_same(page, panel):
 
 
 def _epoch(page):
-    return int(page.locator(".attnviz-epoch b").inner_text())
+    return int(page.locator(".attnviz-epoch b:not(:empty)").inner_text())
 
 
 def _choose(page, label, value):
@@ -275,8 +276,7 @@ def test_new_epochs_arrive_and_the_stop_button_asks(chromium, tmp_path):
     page.get_by_label("Epoch", exact=True).focus()
     page.keyboard.press("ArrowLeft")
 
-    page.wait_for_timeout(200)
-    assert page.evaluate("host.sent") > 0  # the kernel hears of it
+    page.wait_for_function("host.sent > 0")  # the kernel hears of it
     panel.epoch = page.evaluate("host.get('epoch')")
 
     record(tmp_path / "run", 4, planned=5)
@@ -286,7 +286,7 @@ def test_new_epochs_arrive_and_the_stop_button_asks(chromium, tmp_path):
         [_plain(panel._frames), panel.epoch],
     )
     page.get_by_text("following, 4 of 5").wait_for()
-    page.wait_for_timeout(100)
+    page.evaluate(TWO_FRAMES)
     assert (_epoch(page), page.get_by_label("Found from").input_value()) == (1, "0.4")
     _choose(page, "Speed", "1")
     page.get_by_role("button", name="Play").click()
@@ -378,8 +378,7 @@ def test_training_is_followed_and_stopped_in_jupyterlab(lab, chromium):
     )
     page.locator(".attnviz-columns").focus()
     page.keyboard.press("Home")  # looks back: new epochs arrive and do not disturb
-    page.wait_for_timeout(300)
-    assert page.evaluate(RUN, "print(panel.epoch)").strip() == "1"
+    assert settles(lambda: page.evaluate(RUN, "print(panel.epoch)").strip(), "1")
     count = int(page.evaluate(RUN, "print(len(panel._epochs))"))
     page.get_by_text(f"following, {count + 2} of 400").wait_for()
     assert (_epoch(page), page.get_by_label("Found from").input_value()) == (1, "0.3")

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
+from sample import settles
 from test_layercam import READY, RUN, TWO_FRAMES, _is_local
 
 from attnviz import explore_evidence, load_network
@@ -162,9 +163,7 @@ def test_tree_in_jupyterlab_asks_the_kernel(lab, chromium):
     link = deeper.get_attribute("data-link")
     page.locator(f'[data-link^="{link}/"]').first.wait_for()
     page.locator('[aria-label^="Guided gradient"]').wait_for()
-    page.wait_for_timeout(400)
-    [known] = json.loads(page.evaluate(RUN, "import json; print(json.dumps([panel.selected]))"))
-    assert known == link
+    assert settles(lambda: page.evaluate(RUN, "print(panel.selected)").strip(), link)
     page.evaluate(RUN, "panel.selected = panel.selected.rpartition('/')[0]")
     _wait_for(page, selected)
     other = page.get_by_label("Compare with")
