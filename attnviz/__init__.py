@@ -18,6 +18,7 @@ from .tree import Evidence, evidence
 
 if TYPE_CHECKING:
     from .panels.layercam import explore_stages
+    from .panels.pipeline import explore_labels
     from .panels.player import explore_accumulation
     from .panels.tree import explore_evidence
 
@@ -29,6 +30,7 @@ __all__ = [
     "evidence",
     "explore_accumulation",
     "explore_evidence",
+    "explore_labels",
     "explore_stages",
     "fuse",
     "load_network",
@@ -51,4 +53,8 @@ def __getattr__(name: str) -> object:
         from .panels.tree import explore_evidence
 
         return explore_evidence
+    if name == "explore_labels":
+        from .panels.pipeline import explore_labels
+
+        return explore_labels
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

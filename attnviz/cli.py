@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = options.run(options)
         if options.json is not None and _is_first():
             write_whole(options.json, json.dumps(result, indent=1).encode())
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
         print(f"attnviz: {_one_line(error)}", file=sys.stderr)  # noqa: T201 (the command's voice)
         return 2
     except KeyboardInterrupt:
@@ -448,6 +448,57 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--split", type=float, default=0.0, help="threshold of table 4.6")
     _add_loop(parser)
+    _add_segment(kinds)
+    _add_defect(kinds)
+
+
+def _add_segment(kinds: argparse._SubParsersAction) -> None:
+    about = "a segmentation network, on pseudo labels, true masks, or some of each"
+    parser = _add(kinds, "segment", _train_segment, about)
+    parser.add_argument(
+        "--data", default="scenes", metavar="NAME",
+        help="scenes, voc2012, coco, or a folder of labeled pictures",
+    )  # fmt: skip
+    parser.add_argument("--data-root", type=Path, help="folder of the data sets and weights/")
+    parser.add_argument(
+        "--labels", default="true", metavar="DIR",
+        help="folder of label pictures ID.png; true: the true masks, the upper bound",
+    )  # fmt: skip
+    parser.add_argument(
+        "--true-count", type=int, default=0, help="so many images have their true masks"
+    )
+    parser.add_argument("--network", help="scenes for scenes, else largefov_vgg16; or aspp_...")
+    parser.add_argument("--weights", default="auto", help="to start from: auto, random or a file")
+    parser.add_argument("--images", type=int, default=2000, help="how many scenes are drawn")
+    parser.add_argument("--limit", type=int, help="at most so many images, for a quick look")
+    parser.add_argument(
+        "--validation-images", type=int, default=300, help="at most so many to measure on"
+    )
+    parser.add_argument("--size", type=int, help="short side of the images, in pixels")
+    parser.add_argument("--crop", type=int, help="side of the views, in pixels")
+    _add_loop(parser, ("small", "thesis"))
+
+
+def _add_defect(kinds: argparse._SubParsersAction) -> None:
+    about = "a classifier of surfaces, with or without a defect, from image labels"
+    parser = _add(kinds, "defect", _train_defect, about)
+    parser.add_argument(
+        "--data", choices=("defects", "dagm2007", "magnetic_tile"), default="defects",
+        help="defects are generated",
+    )  # fmt: skip
+    parser.add_argument("--data-root", type=Path, help="folder of the data sets and weights/")
+    parser.add_argument(
+        "--network", choices=("defects", "squeezenet1_1", "resnet50"),
+        help="defects for defects, else resnet50",
+    )  # fmt: skip
+    parser.add_argument("--weights", default="auto", help="to start from: auto, random or a file")
+    parser.add_argument("--images", type=int, default=1600, help="how many surfaces are drawn")
+    parser.add_argument("--limit", type=int, help="at most so many images, for a quick look")
+    parser.add_argument(
+        "--validation-images", type=int, default=400, help="at most so many to measure on"
+    )
+    parser.add_argument("--size", type=int, help="height and width of the images, in pixels")
+    _add_loop(parser, ("small", "thesis"))
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -455,9 +506,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in RUN")
 
 
-def _add_loop(parser: argparse.ArgumentParser) -> None:
+def _add_loop(
+    parser: argparse.ArgumentParser,
+    presets: Sequence[str] = ("small", "thesis", "released", "literature"),
+) -> None:
     parser.add_argument(
-        "--preset", choices=("small", "thesis", "released", "literature"),
+        "--preset", choices=presets,
         help="whose batch, learning rates and schedule; small for scenes, else thesis",
     )  # fmt: skip
     parser.add_argument("--epochs", type=int, help="how often each image is seen")
@@ -507,6 +561,43 @@ def _train_integral(options: argparse.Namespace) -> dict[str, object]:
     return _trained(train_integral(config, options.out, options.resume, data=options.data_root))
 
 
+def _train_segment(options: argparse.Namespace) -> dict[str, object]:
+    from .training import segment_config, train_segment
+
+    network = options.network or ("scenes" if options.data == "scenes" else "largefov_vgg16")
+    config = segment_config(
+        options.preset or ("small" if network == "scenes" else "thesis"),
+        network=network,
+        **_loop_options(
+            options, "data", "labels", "true_count", "images", "validation_images", "limit",
+            "size", "crop",
+        ),
+    )  # fmt: skip
+    check_writable(options.out.parent)
+    return _trained(train_segment(config, options.out, options.resume, data=options.data_root))
+
+
+def _train_defect(options: argparse.Namespace) -> dict[str, object]:
+    from .training import defect_config, train_defect
+
+    network = options.network or ("defects" if options.data == "defects" else "resnet50")
+    config = defect_config(
+        options.preset, network=network,
+        **_loop_options(options, "data", "images", "validation_images", "limit", "size"),
+    )  # fmt: skip
+    check_writable(options.out.parent)
+    run = train_defect(config, options.out, options.resume, data=options.data_root)
+    metrics = _metrics(run, "network.safetensors")
+    if _is_first():
+        shares = "accuracy {accuracy:.3f} (without looking {accuracy_without_looking:.3f}), "
+        shares += "average precision {average_precision:.3f} on {images} images"
+        _say(f"{run}: {shares.format(**metrics)}")
+        if metrics["unreadable"]:
+            names = ", ".join(metrics["unreadable"][:5])
+            _say(f"  {len(metrics['unreadable'])} images that cannot be read: {names}")
+    return {"run": str(run), **metrics}
+
+
 def _trained(run: Path) -> dict[str, object]:
     if not (run / "metrics.json").is_file():  # the player's stop button
         if _is_first():
@@ -517,7 +608,9 @@ def _trained(run: Path) -> dict[str, object]:
         if "mean_average_precision" in metrics:
             found = f"{metrics['mean_average_precision']:.3f} on {metrics['images']} images"
             _say(f"{run}: mean average precision {found}")
-        for name, maps in metrics["maps"].items():
+        for kind, scores in _mean_ious(metrics.get("validation", {})):
+            _say(f"{run}: mean IoU {kind} {scores}")
+        for name, maps in metrics.get("maps", {}).items():
             if maps["maps"]:
                 shares = [f"{100 * (maps[key] or 0):.1f} %" for key in ("recall", "noise")]
                 _say(f"  {name} maps: recall {shares[0]}, noise {shares[1]}")
@@ -525,6 +618,19 @@ def _trained(run: Path) -> dict[str, object]:
             if left["images"]:
                 _say(f"  {left['images']} {kind}: {', '.join(left['first'])}")
     return {"run": str(run), **metrics}
+
+
+def _mean_ious(scores: dict[str, object]) -> list[tuple[str, str]]:
+    words = {"plain": "without CRF", "crf": "with CRF"}
+    return [
+        (
+            words[kind],
+            "{mean_iou:.3f} ({low:.3f} to {high:.3f})".format(**scores[kind])
+            + f" on {scores['images']} images, started from {scores['init']}",
+        )
+        for kind in words
+        if kind in scores
+    ]
 
 
 def _metrics(run: Path, last: str) -> dict[str, object]:
@@ -695,11 +801,20 @@ def _play(options: argparse.Namespace) -> dict[str, object]:
 def _add_table(commands: argparse._SubParsersAction) -> None:
     about = "a table of the thesis: the paper's numbers beside ours"
     parser = _add(commands, "table", _table, about)
-    parser.add_argument("id", nargs="?", metavar="ID", help="for instance 3.1")
+    parser.add_argument(
+        "id", nargs="?", metavar="ID", help="for instance 3.1; all: every one, as a page"
+    )
     parser.add_argument("--list", action="store_true", help="name every table")
     parser.add_argument(
-        "--data", choices=("scenes", "ilsvrc", "cub", "voc2012", "coco"), default="scenes"
+        "--out", type=Path, metavar="FILE", help="all: the page; tables.html if not given"
     )
+    parser.add_argument(
+        "--data", default="scenes",
+        choices=(
+            "scenes", "ilsvrc", "cub", "voc2012", "coco", "defects", "dagm2007", "magnetic_tile"
+        ),
+        help="tables 3.9 and 3.10 take the last three, and defects in place of scenes",
+    )  # fmt: skip
     parser.add_argument("--network", help="a name; if none, a small one for scenes, else vgg16")
     parser.add_argument("--weights", default="auto", help="auto, random or a file")
     parser.add_argument("--data-root", type=Path, help="folder of the data sets and weights/")
@@ -729,17 +844,32 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--epochs", type=int, help="chapter 4: of each training")
     parser.add_argument("--repeats", type=int, help="chapter 4: trainings of each row; 1")
+    parser.add_argument(
+        "--measure", choices=("maps", "segmentation"),
+        help="tables 4.5 to 4.10: of the maps themselves, or of a network trained on them; maps",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rule", choices=("saliency", "affinity", "constant", "superpixels"),
+        help="segmentation: what is background in pseudo labels; the thesis' own if not given",
+    )  # fmt: skip
+    parser.add_argument("--segment-epochs", type=int, help="segmentation: of each network")
+    parser.add_argument("--workers", type=int, help="segmentation: processes for labels; 0")
+    parser.add_argument("--top", type=int, help="table 5.1: channels for each decision; 3")
+    parser.add_argument("--decisions", type=int, help="table 5.1: of each stage; 9")
 
 
 def _table(options: argparse.Namespace) -> dict[str, object]:
     from .tables import make_table, table_names
+    from .tables.report import write_report
 
     if options.list:
         return {"tables": _listed(table_names())}
     if options.id is None:
         raise ValueError("expected the ID of a table, got none; see attnviz table --list")
-    names = ("preset", "methods", "gradient_at", "threshold", "channels", "batch", "epochs",
-             "repeats")  # fmt: skip
+    names = (
+        "preset", "methods", "gradient_at", "threshold", "channels", "batch", "epochs", "repeats",
+        "measure", "rule", "segment_epochs", "workers", "top", "decisions",
+    )  # fmt: skip
     given = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if "channels" in given:
@@ -747,11 +877,21 @@ def _table(options: argparse.Namespace) -> dict[str, object]:
         if text != "all" and not text.isdecimal():
             raise ValueError(f"expected --channels as a number or all, got {text!r}")
         given["channels"] = None if text == "all" else int(text)
-    table = make_table(
-        options.id, data=options.data, network=options.network, weights=options.weights,
-        data_root=options.data_root, limit=options.limit, seed=options.seed, cache=options.cache,
-        device=_device(options), **given,
-    )  # fmt: skip
+    given |= {
+        "network": options.network, "weights": options.weights, "data_root": options.data_root,
+        "limit": options.limit, "cache": options.cache, "device": _device(options),
+    }  # fmt: skip
+    if options.id == "all":
+        out = options.out or Path("tables.html")
+        check_writable(out.parent)
+        say = _say if _is_first() else lambda text: None
+        given = {name: value for name, value in given.items() if value is not None}
+        report = write_report(out, data=options.data, seed=options.seed, say=say, **given)
+        say(str(out))
+        return report
+    if options.out is not None:
+        raise ValueError("expected --out with all only; --json writes one table")
+    table = make_table(options.id, data=options.data, seed=options.seed, **given)
     if _is_first():
         _say(str(table))
     return table.to_json()
@@ -771,6 +911,11 @@ def _add_figure(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--network", help="a name; a bundled one if none")
     parser.add_argument("--pictures", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help="of chapter 4")
+    parser.add_argument(
+        "--masks", nargs="+", metavar="TITLE=DIR", help="3.9, 4.8, 4.9: folders of label pictures"
+    )
+    parser.add_argument("--data", help="whose masks: scenes if not given, or voc2012")
+    parser.add_argument("--data-root", type=Path, help="folder of the data sets")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".pdf, .svg or .png")
 
 
@@ -783,9 +928,25 @@ def _figure(options: argparse.Namespace) -> dict[str, object]:
         raise ValueError("expected the ID of a figure and --out, see attnviz figure --list")
     if options.out.suffix not in (".pdf", ".svg", ".png"):
         raise ValueError(f"expected --out as .pdf, .svg or .png, got {str(options.out)!r}")
+    masks, pictures = None, options.pictures
+    if options.masks is not None:
+        pairs = [text.partition("=") for text in options.masks]
+        if wrong := [title for title, is_given, _ in pairs if not is_given]:
+            raise ValueError(f"expected --masks TITLE=DIR, got {wrong[0]!r}")
+        masks = {title: Path(folder) for title, _, folder in pairs}
+    if options.data not in (None, "scenes"):
+        if options.data != "voc2012" or masks is None:
+            raise ValueError(
+                f"expected --data scenes or voc2012, with --masks, got {options.data}"
+            )
+        from .data.voc import load_voc
+        from .networks import data_root
+
+        folder = data_root(options.data_root) / "voc2012"
+        pictures = [item for split in ("train_aug", "val") for item in load_voc(folder, split)]
     check_writable(options.out.parent)
     sheet = make_figure(
-        options.id, network=options.network, pictures=options.pictures, runs=options.runs,
+        options.id, network=options.network, pictures=pictures, runs=options.runs, masks=masks,
         seed=options.seed,
     )  # fmt: skip
     kind = options.out.suffix[1:]

@@ -51,6 +51,7 @@ __all__ = [
     "split_half",
     "sweep_counts",
     "sweep_ious",
+    "sweep_region_ious",
 ]
 
 BoxConvention = Literal["half_open", "plus_one"]
@@ -521,6 +522,44 @@ def region_counts(
     valid = torch.ones_like(masks) if valid is None else valid
     regions = (found & masks, found, masks)
     return torch.stack([(region & valid).sum(dim=(1, 2)) for region in regions], dim=1)
+
+
+def sweep_region_ious(
+    map: Float[Tensor, "h w"],
+    mask: Bool[Tensor, "h w"],
+    thresholds: Float[np.ndarray, " t"],
+    valid: Bool[Tensor, "h w"] | None = None,
+) -> Float[np.ndarray, " t"]:
+    r"""Compares what a map points at, at each threshold, with the object, pixel by pixel.
+
+    .. math:: \mathrm{IoU}_t = \frac{|P_t \cap G|}{|P_t \cup G|}
+
+    The mean over images is the mIoU of defects (thesis Eq. 3.10), which is not
+    :func:`mean_iou`.
+
+    Args:
+        map: An attention map, at least 0, as large as the mask.
+        mask: The object :math:`G`.
+        thresholds: Shares of the maximum, ascending; :math:`P_t` is where the map reaches one and
+            is not zero.
+        valid: Pixels that count; all if None.
+
+    Returns:
+        One value per threshold, in [0, 1]; NaN where :math:`P_t` and :math:`G` are empty.
+    """
+    values = map.double().cpu().numpy()
+    counted = values > 0
+    if valid is not None:
+        counted, mask = counted & valid.cpu().numpy(), mask & valid
+    object = mask.cpu().numpy()
+    shares = values[counted] / max(values.max(), np.finfo(np.float64).tiny)
+    reached = np.searchsorted(thresholds, shares, side="right")  # how many thresholds
+    found, shared = (
+        np.bincount(part, minlength=len(thresholds) + 1)[::-1].cumsum()[::-1][1:]
+        for part in (reached, reached[object[counted]])
+    )
+    with np.errstate(invalid="ignore"):
+        return shared / (found + object.sum() - shared)
 
 
 def recall_noise(

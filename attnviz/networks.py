@@ -38,19 +38,20 @@ class FiveStage(nn.Module):
         head: ``fc``: the last stage, at 7 x 7, is flattened into two linear layers, so its
             gradient differs from place to place (chapter 3). ``conv``: one 1x1 convolution per
             class on a 14 x 14 map, averaged (chapter 4); a location of the last stage sees
-            90 x 90 pixels.
-        size: Height and width of the pictures; ``fc`` takes no other, ``conv`` any.
+            90 x 90 pixels. ``gap``: the same on a 7 x 7 map, so that each stage is coarser than
+            the one before it, as in ResNet.
+        size: Height and width of the pictures; ``fc`` takes no other, the others any.
     """
 
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     cuts = ("stage1", "stage2", "stage3", "stage4", "stage5")
 
     def __init__(
-        self, class_count: int, head: Literal["fc", "conv"] = "fc", size: int = 112
+        self, class_count: int, head: Literal["fc", "conv", "gap"] = "fc", size: int = 112
     ) -> None:
         super().__init__()
-        if head not in ("fc", "conv"):
-            raise ValueError(f"expected `head` in ('fc', 'conv'), got {head!r}")
+        if head not in ("fc", "conv", "gap"):
+            raise ValueError(f"expected `head` in ('fc', 'conv', 'gap'), got {head!r}")
         self.head = head
         widths, depths = (3, 16, 16, 32, 64, 96), (1, 2, 1, 2, 2)
         for stage, depth in enumerate(depths, start=1):
@@ -79,7 +80,7 @@ class FiveStage(nn.Module):
         x = self.stage2(self.pool(x))
         x = self.stage3(self.pool(x))
         x = self.stage4(self.pool(x))
-        return self.stage5(self.pool(x) if self.head == "fc" else x)
+        return self.stage5(x if self.head == "conv" else self.pool(x))
 
     def classify(self, activation: Tensor) -> Tensor:
         """Returns the class scores of the last stage's activation."""
@@ -367,7 +368,8 @@ def _load_bundled(name: str, weights: str | Path) -> Staged:
         provenance |= {key: own[key] for key in ("command", "mean_average_precision")}
     return staged(
         model, model.cuts, name=name, mean=model.mean, std=model.std, image_size=(size, size),
-        class_names=class_names, multilabel=True, provenance=provenance,
+        class_names=class_names, multilabel=metadata.get("multilabel") != "False",
+        provenance=provenance,
     )  # fmt: skip
 
 
@@ -417,9 +419,13 @@ def _load_torchvision(name: str, weights: str | Path, root: Path) -> Staged:
     model, provenance, count = _filled(make, weights, name)
     entry = next((e for e in official if Path(e.url).name == provenance["weights"]), entry)
     transform = entry.transforms()
+    size = transform.crop_size[0]
+    own = _metadata(weights)
+    if "class_names" in own:  # one that was trained here
+        names, size = tuple(own["class_names"].split(",")), (int(own["size"]),) * 2
     return staged(
         model, name=name, mean=tuple(transform.mean), std=tuple(transform.std),
-        image_size=transform.crop_size[0], class_names=names if count == len(names) else None,
+        image_size=size, class_names=names if count == len(names) else None,
         provenance=provenance,
     )  # fmt: skip
 

@@ -173,10 +173,13 @@ class Staged:
 
         Raises:
             ValueError: A number is not that of a stage, or none is given.
+            TypeError: It is no list.
         """
         count = len(self._parts.stages)
         if stages is None:
             return tuple(range(1, count + 1))
+        if isinstance(stages, str | int):
+            raise TypeError(f"expected `stages` as a list such as [4, 5], got {stages!r}")
         numbers = tuple(sorted({int(stage) for stage in stages}))
         if not numbers or numbers[0] < 1 or numbers[-1] > count:
             raise ValueError(

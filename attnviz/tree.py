@@ -441,6 +441,7 @@ def evidence(
     Raises:
         ValueError: An argument is out of range, a neuron does not exist or is not open, or the
             image is too small.
+        TypeError: The network is not cut into stages, or an argument is of another type.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -453,6 +454,15 @@ def evidence(
     References:
         Thesis sections 5.2.2 and 5.2.3, Eqs. 5.2-5.5.
     """
+    if not isinstance(net, Staged):
+        raise TypeError(
+            "expected a network from attnviz.staged or attnviz.load_network, got "
+            f"{type(net).__name__}; attnviz.staged(model) makes one"
+        )
+    if isinstance(image, Forward) and image.net is not net:
+        raise ValueError(
+            f"expected a forward pass of {net.name}, got one of {image.net.name}; give the image"
+        )
     _check_top(top)
     numbers = net.check_stages(stages)
     if depth is not None and depth < 1:
@@ -480,6 +490,8 @@ def _image(net: Staged, image: Tensor | Picture) -> Tensor:
 
 
 def _check_top(top: int) -> int:
+    if not isinstance(top, Integral):
+        raise TypeError(f"expected `top` as a number of channels, got {top!r}")
     if top < 1:
         raise ValueError(f"expected `top` of at least 1, got {top}")
     return top

@@ -12,6 +12,7 @@ from PIL import Image
 
 from attnviz.data.folder import load_folder
 from attnviz.data.scenes import CLASS_NAMES, Scenes
+from attnviz.data.surface import load_magnetic_tile
 from attnviz.explain import stage_maps
 from attnviz.figures import (
     Example,
@@ -41,6 +42,8 @@ EXPECTED = {
     "3.4": {"stage 1", "$M^{(5)}$", "fused, stages 3 to 5", "LayerCAM"},
     "3.5": {"stage 1", "stage 5", "fused 3+4+5", "horse", "deer"},
     "3.6": {"Grad-CAM", "Grad-CAM++", "LayerCAM", "taxi", "crane ship"},
+    "3.7": {"picture", "truth", "LayerCAM", "Grad-CAM++", "Grad-CAM"},
+    "3.8": {"picture", "truth", "layer2", "layer3", "layer4"},
     "4.1": {"picture", "epoch 2", "epoch 12", "maximum"},
     "4.2": {"picture", "epoch 2", "epoch 12", "maximum"},
     "4.3": {"(a) online attention accumulation", "(b) integral attention model", "hybrid loss"},
@@ -160,6 +163,7 @@ def test_figure_is_a_pdf_whose_text_is_text(made, number):
     assert b"/Type3" not in pdf
     assert len(re.findall(rb"\sT[jJ]\s", pdf)) >= 4
     source = "OAA: scenes on scenes" if number.startswith("4.") else "network scenes_"
+    source = "network defects" if number in ("3.7", "3.8") else source
     assert f"figure {number}; {source}".encode() in pdf
 
 
@@ -395,6 +399,8 @@ RIGHT = Example(Scenes("val", objects="few")[0].image, 5)
         ("1.1", {"pictures": [PICTURE]}, "expected generated scenes for figure 1.1"),
         ("1.3", {"pictures": [PICTURE]}, "expected pictures with a mask .* figure 1.3"),
         ("3.6", {"pictures": [PICTURE]}, "expected pictures with true boxes for figure 3.6"),
+        ("3.7", {"network": "scenes_fc"}, "expected `pictures` for scenes_fc, got none"),
+        ("3.8", {"network": "scenes_fc", "pictures": [PICTURE]}, "expected .* class 'defect'"),
         ("2.1", {"network": "scenes_fc"}, "expected a network that ends in a global average"),
         ("5.8", {"pictures": [PICTURE]}, "expected pictures of known classes for figure 5.8"),
         ("5.10", {"pictures": [RIGHT]}, "expected a picture whose class scenes_fc gets wrong"),
@@ -420,3 +426,18 @@ def test_too_few_stages_are_named(tiny):
     net = staged(tiny.float(), image_size=32)
     with pytest.raises(ValueError, match="expected a network of at least 4 stages .* Tiny with 3"):
         make_figure("3.2", network=net, pictures=[PICTURE])
+
+
+def test_truth_of_a_defect_is_the_mask_of_its_kind(tmp_path):
+    # the picture's own, enlarged as the picture is
+    folder = tmp_path / "MT_Crack"
+    folder.mkdir()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:20, 30:50] = 255
+    Image.fromarray(PICTURE).save(folder / "exp1_num_1.jpg")
+    Image.fromarray(mask).save(folder / "exp1_num_1.png")
+    figure = make_figure("3.7", pictures=load_magnetic_tile(tmp_path))
+    truth = figure.axes[0].images[1].get_array()
+    inside = np.asarray(Image.fromarray(mask).resize(truth.shape[1::-1])) > 127
+    assert (np.asarray(truth)[..., 0] > 127)[inside].all()
+    assert inside.mean() == pytest.approx((np.asarray(truth)[..., 0] > 127).mean(), abs=0.005)

@@ -32,6 +32,7 @@ from attnviz.metrics import (
     split_half,
     sweep_counts,
     sweep_ious,
+    sweep_region_ious,
 )
 
 
@@ -468,3 +469,35 @@ def test_a_class_that_does_not_exist_is_refused():
         confusion_matrix(torch.tensor([0, 3, 1]), zeros, 3)
     with pytest.raises(ValueError, match="from 0 to 2 in `targets`, got -1"):
         confusion_matrix(zeros, torch.tensor([0, -1, 255]), 3)
+
+
+def test_swept_regions_are_those_of_every_threshold_by_itself(generator):
+    map = torch.rand(9, 7, generator=generator)
+    map[2:4] = 0
+    mask = torch.rand(9, 7, generator=generator) < 0.3
+    valid = torch.rand(9, 7, generator=generator) < 0.8
+    thresholds = np.array([0.0, 0.1, 0.35, 0.5, 0.99, 1.0])
+    ious = sweep_region_ious(map, mask, thresholds, valid)
+    whole = sweep_region_ious(map, mask, thresholds)
+    for threshold, iou, all_counted in zip(thresholds, ious, whole):
+        for value, keep in ((iou, valid), (all_counted, torch.ones_like(valid))):
+            places = [(y, x) for y in range(9) for x in range(7) if keep[y, x]]
+            found = {p for p in places if map[p] >= threshold * map.max() and map[p] > 0}
+            true = {p for p in places if mask[p]}
+            assert value == pytest.approx(len(found & true) / len(found | true))
+
+
+def test_swept_regions_by_hand():
+    map = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
+    mask = torch.tensor([[True, False], [False, True]])
+    ious = sweep_region_ious(map, mask, np.array([0.2, 0.25, 0.5, 0.6, 1.0]))
+    assert ious.tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 3, 1 / 2, 1 / 2])
+    assert sweep_region_ious(1e-20 * map, mask, np.array([0.5]))[0] == pytest.approx(1 / 3)
+
+
+def test_swept_regions_of_empty_maps_and_masks():
+    empty, some_place = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    thresholds = np.array([0.1, 0.9])
+    assert sweep_region_ious(empty, some_place > 0, thresholds).tolist() == [0, 0]
+    assert sweep_region_ious(some_place, empty > 0, thresholds).tolist() == [0, 0]
+    assert np.isnan(sweep_region_ious(empty, empty > 0, thresholds)).all()

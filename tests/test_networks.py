@@ -144,15 +144,15 @@ def test_timm_network_loads(root):
     assert len(net.class_names) == 1000
 
 
-@pytest.mark.parametrize("head", ["fc", "conv"])
+@pytest.mark.parametrize("head", ["fc", "conv", "gap"])
 def test_five_stage_network_has_five_stages(head):
     net = networks.staged(FiveStage(7, head).eval(), FiveStage.cuts, image_size=(112, 112))
     activations, scores = net.activations(torch.rand(2, 3, 112, 112))
-    last = 7 if head == "fc" else 14
+    last = 14 if head == "conv" else 7
     assert [a.shape[-1] for a in activations] == [112, 56, 28, 14, last]
     assert scores.shape == (2, 7)
-    with pytest.raises(ValueError, match=r"`head` in \('fc', 'conv'\), got 'gap'"):
-        FiveStage(7, "gap")
+    with pytest.raises(ValueError, match=r"`head` in \('fc', 'conv', 'gap'\), got 'max'"):
+        FiveStage(7, "max")
 
 
 def test_preprocess_normalizes_the_whole_picture(root):

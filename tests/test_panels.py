@@ -15,7 +15,8 @@ from PIL import Image
 from traitlets import TraitError
 
 from attnviz import cam, colors, localize, staged
-from attnviz.panels import LayerCAMPanel, explore_stages, export
+from attnviz.panels import LayerCAMPanel, explore_stages
+from attnviz.panels.panel import source
 
 CLASSES = [(7, "heron", 12.0), (2, "boat", 9.0)]
 SIZES = [(12, 16), (6, 8), (3, 4)]
@@ -264,9 +265,10 @@ def test_saved_page_holds_everything_and_asks_for_nothing(tmp_path):
     assert text.count("</script>") == 2
     assert "<title>LayerCAMPanel(net &lt;1&gt;" in text
     data = json.loads(re.search(r'id="data">(.*)</script>', text)[1])
-    assert data["state"]["gamma"] == 3.5
-    assert data["state"]["box"] == list(panel.box)
-    assert not any(name in data["state"] for name in ("_esm", "layout", "_model_module"))
+    state = data["panels"][0]["state"]
+    assert state["gamma"] == 3.5
+    assert state["box"] == list(panel.box)
+    assert not any(name in state for name in ("_esm", "layout", "_model_module"))
     assert [file.name for file in tmp_path.iterdir()] == ["panel.html"]
 
 
@@ -371,7 +373,7 @@ def test_functions_in_javascript():
 
 
 def test_every_control_keeps_its_keys_from_the_notebook():
-    module = export.source("layercam")
+    module = source("layercam")
     assert '["input", "select", "button"].includes(name)' in module
     created = set(re.findall(r"document\.createElement\w*\((.*?)\)", module))
     assert created == {"name", '"http://www.w3.org/2000/svg", name'}

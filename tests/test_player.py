@@ -312,7 +312,7 @@ def test_saved_page_holds_everything_and_asks_for_nothing(run, tmp_path):
     assert re.findall(r"https?://[\w.]*", text.replace("http://www.w3.org/2000/svg", "")) == []
     assert not re.search(r"<(link|img|iframe)|\ssrc=|@import|url\(", text)
     assert text.count("</script>") == 2  # a class is called </script><b>taxi
-    state = json.loads(re.search(r'id="data">(.*)</script>', text)[1])["state"]
+    state = json.loads(re.search(r'id="data">(.*)</script>', text)[1])["panels"][0]["state"]
     assert (state["epoch"], state["image_index"], state["class_id"]) == (2, 1, 1)
     assert (state["live"], state["stopping"]) == (False, False)
 

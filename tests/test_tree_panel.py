@@ -15,7 +15,7 @@ from torch import nn
 from traitlets import TraitError
 
 from attnviz import cam, cli, colors, evidence, explore_evidence, staged
-from attnviz.panels import export
+from attnviz.panels.panel import source
 from attnviz.panels.tree import crop_map, crop_picture
 
 NAMES = ["cat", "dog", "</script><img src=x onerror=alert(1)>", "eel"]
@@ -388,7 +388,7 @@ def test_saved_page_holds_the_open_tree_and_asks_for_nothing(panel, tmp_path):
     assert not re.search(r"<(link|img|iframe)|@import|url\(", text)
     assert "unsafe" not in text
     assert text.count("</script>") == 2
-    state = json.loads(re.search(r'id="data">(.*)</script>', text)[1])["state"]
+    state = json.loads(re.search(r'id="data">(.*)</script>', text)[1])["panels"][0]["state"]
     assert state["opened"] == panel.opened
     packets = state["_data"]["packets"]
     families = [family["key"] for packet in packets for family in packet["families"]]
@@ -531,7 +531,7 @@ def test_javascript_lays_out_the_tree_and_cuts_as_python_does(tmp_path):
     ]  # fmt: skip
     opaque = np.concatenate([image, np.full((75, 101, 1), 255, np.uint8)], axis=2)
     files = [tmp_path / name for name in ("tree.mjs", "given.json", "results.json", "test.mjs")]
-    files[0].write_text(export.source("tree"))
+    files[0].write_text(source("tree"))
     files[1].write_text(json.dumps({
         "image": opaque.ravel().tolist(), "size": [75, 101], "cases": cases,
         "map": levels[3:9, 5:16].ravel().tolist(), "window": [3, 5, 6, 11], "grid": [14, 19],
@@ -552,7 +552,49 @@ def test_javascript_lays_out_the_tree_and_cuts_as_python_does(tmp_path):
 
 
 def test_every_control_keeps_its_keys_from_the_notebook():
-    module = export.source("tree")
+    module = source("tree")
     created = set(re.findall(r"document\.createElement\w*\((.*?)\)", module))
     assert created == {"name", '"http://www.w3.org/2000/svg", name'}
     assert "innerHTML" not in module
+
+
+# ------------------------------------------------------------------------------ several pictures
+
+
+def test_each_picture_has_its_own_evidence_which_is_made_once(net, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "attnviz.panels.tree.evidence", lambda *a, **k: made.append(a[2]) or evidence(*a, **k)
+    )
+    pictures = [_picture(seed=0), _picture(48, 40, seed=1)]
+    panel = explore_evidence(net, pictures, [["cat", "dog"], "dog"], names=["one", "two"])
+    alone = explore_evidence(net, pictures[1], "dog")
+    made.clear()
+    first = panel.state
+    panel.image_index = 1
+    assert panel.class_id == 0  # offered there too, so it stays
+    panel.class_id = 1
+    panel.selected = alone.selected
+    assert [node.id for node in panel.children()] == [node.id for node in alone.children()]
+    np.testing.assert_array_equal(panel.thumbnail(panel.selected), alone.thumbnail(alone.selected))
+    assert panel.state["_data"]["image"] == alone.state["_data"]["image"]
+    assert panel.state["_data"]["image"] != first["_data"]["image"]
+    assert sorted(made) == [0, 1]
+    panel.image_index = 0
+    assert panel.class_ids == [1]
+    assert sorted(made) == [0, 1]  # both had been made at the start
+    assert panel.state["_data"]["image"] == first["_data"]["image"]
+    with pytest.raises(TraitError, match=r"`image_index` in \[0, 2\), got 2; the panel has 2"):
+        panel.image_index = 2
+
+
+def test_class_of_another_panel_can_be_linked(panel):
+    panel.class_ids = [0, 2]
+    assert panel.class_id == 0
+    panel.class_id = 3
+    assert (panel.class_ids, panel.selected) == ([3, 2], "3")
+    panel.class_id = 2
+    assert panel.class_ids == [2]
+    with pytest.raises(TraitError, match=r"expected `class_id` in \[.*\], got 17; explore_evid"):
+        panel.class_id = 17
+    assert panel.class_ids == [2]

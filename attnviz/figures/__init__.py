@@ -21,10 +21,11 @@ from ..data.folder import LabeledImages
 from ..explain import StageMaps
 from ..networks import load_network
 from ..stages import Staged
-from . import accumulation, attention, decomposition, layercam
+from . import accumulation, attention, decomposition, defects, layercam, segmentation
 from .accumulation import RunKind, given_runs
 from .attention import LABEL_SECONDS
 from .examples import NAMES, Example, generated_examples, given_examples
+from .segmentation import MaskKind, draw_masks
 from .sheet import TEXT, Sheet, blocky, canvas, enlarged, map_over, put_image, put_text
 
 __all__ = [
@@ -37,7 +38,15 @@ __all__ = [
     "stage_grid",
 ]
 
-_FIGURES = attention.FIGURES | layercam.FIGURES | accumulation.FIGURES | decomposition.FIGURES
+_FIGURES = dict(
+    sorted(
+        (
+            attention.FIGURES | layercam.FIGURES | defects.FIGURES | accumulation.FIGURES
+            | segmentation.FIGURES | decomposition.FIGURES
+        ).items(),
+        key=lambda entry: tuple(map(int, entry[0].split("."))),
+    )
+)  # fmt: skip
 
 
 def stage_grid(
@@ -137,6 +146,7 @@ def make_figure(
     network: str | Staged | None = None,
     pictures: LabeledImages | Iterable[object] | None = None,
     runs: Iterable[object] | None = None,
+    masks: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> Sheet:
     """Draws a figure of the thesis.
@@ -147,12 +157,15 @@ def make_figure(
         pictures: Pictures to draw, of which the first ones are taken, as many as the figure has
             room for; all for a figure that counts or measures. :class:`Example` objects, a
             :class:`~attnviz.data.folder.LabeledImages` or what :func:`attnviz.images.to_pixels`
-            reads. A labeled picture is explained for its class where the network knows the name,
+            reads; pictures with masks (:class:`~attnviz.data.masks.MaskedImage`) for figures 3.7
+            to 3.9, 4.8 and 4.9. A labeled picture is explained for its class where the network knows the name,
             others for the highest score. None takes generated scenes: the first of the validation
             split that show one object, of a class named beforehand where the figure has one,
             whatever their maps look like.
         runs: For the figures of chapter 4: folders of trainings, or what
             :func:`attnviz.evolution.load_evolution` returns; bundled ones if None.
+        masks: For figures 3.9, 4.8 and 4.9: folders of label pictures ``IMAGE_ID.png`` by the
+            titles of their columns; bundled ones if None. Those of scenes need no `pictures`.
         seed: Number of the generated data set, and of random choices.
 
     Returns:
@@ -165,14 +178,18 @@ def make_figure(
         known = ", ".join(_FIGURES)
         raise ValueError(f"expected a figure in {{{known}}}, got {number!r}")
     kind = _FIGURES[number]
-    drawn = isinstance(kind, RunKind)
-    idle = {"network": network, "pictures": pictures} if drawn else {"runs": runs}
-    if unused := [name for name, value in idle.items() if value is not None]:
+    taken = {RunKind: ("runs",), MaskKind: ("masks", "pictures")}
+    taken = taken.get(type(kind), ("network", "pictures"))
+    given = {"network": network, "pictures": pictures, "runs": runs, "masks": masks}
+    if idle := [name for name, each in given.items() if each is not None and name not in taken]:
         raise ValueError(
-            f"expected {'`runs`' if drawn else '`network` or `pictures`'} for figure {number}, "
-            f"got `{unused[0]}`; leave it out"
+            f"expected {' or '.join(f'`{name}`' for name in taken)} for figure {number}, "
+            f"got `{idle[0]}`; leave it out"
         )
-    if drawn:
+    if isinstance(kind, MaskKind):
+        figure = draw_masks(number, kind, masks, pictures, seed)
+        return figure
+    if isinstance(kind, RunKind):
         shown = given_runs(number, kind, runs)
         figure = kind.draw(shown, seed)
         figure.facts = f"figure {number}; " + "; ".join(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cam import scale
 from ..data.folder import LabeledImage, LabeledImages
+from ..data.masks import MaskedImage
 from ..data.scenes import CLASS_CONTEXTS, CLASS_NAMES, Scene, Scenes
 from ..explain import StageMaps, stage_maps
 from ..images import to_pixels
@@ -64,9 +65,12 @@ class Kind:
     several: int = 0  # how many further scenes with several objects
     sample: int = 0  # a study: of so many scenes with one object, or of all pictures given
     in_context: bool = False  # scenes that show the usual context of the class
+    examples: Callable[[Staged, "Kind", int], list[Example]] | None = None  # not of scenes
 
 
 def generated_examples(net: Staged, kind: Kind, seed: int) -> list[Example]:
+    if kind.examples is not None:
+        return kind.examples(net, kind, seed)
     if tuple(net.class_names or ()) != CLASS_NAMES:
         raise ValueError(
             f"expected `pictures` for {net.name}, got none; only scenes_fc and scenes_conv know "
@@ -110,6 +114,10 @@ def given_examples(
             boxes = tuple(tuple(round(side) for side in box) for box in item.boxes)
             class_id = _known_class(net, item.class_id, class_names)
             found.append(Example(to_pixels(item.read()), class_id, boxes, name=item.image_id))
+        elif isinstance(item, MaskedImage):
+            mask, label = item.read_mask(), 1 + item.class_ids[0] if item.class_ids else 0
+            shown = None if mask is None else (mask == label) & (mask > 0)
+            found.append(Example(to_pixels(item.read()), mask=shown, name=item.image_id))
         else:
             name = Path(item).name if isinstance(item, str | Path) else "picture"
             found.append(Example(to_pixels(item), name=name))

@@ -5,14 +5,9 @@ bit maps, and is tested equal to it. The panel itself knows no network: :func:`e
 runs one and hands its maps over.
 """
 
-import io
 import zlib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from numbers import Integral
-from os import PathLike
-from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,24 +18,40 @@ from torch import Tensor
 
 from .. import colors
 from ..cam import Scaling, fuse, normalize
-from ..images import to_pixels
 from ..localize import Box, map_to_box
 from ..stages import Staged
-from .export import Panel, source, style
+from .panel import (
+    ClassId,
+    Panel,
+    Picture,
+    Setting,
+    check_index,
+    check_lengths,
+    check_network,
+    check_settings,
+    choose_classes,
+    class_name,
+    class_scores,
+    encode_picture,
+    image_name,
+    palettes,
+    quantize,
+    read_image,
+    require,
+    source,
+    wrapped,
+)
+
+if TYPE_CHECKING:
+    from ..figures.sheet import Sheet
 
 __all__ = ["LayerCAMPanel", "explore_stages"]
 
 Class = tuple[int, str, float]
-ClassId = int | str | Sequence[int | str] | None
-Picture = Image.Image | np.ndarray | str | Path
-Setting = int | float | str | Sequence[int]
 StageMaps = Mapping[str, Sequence[np.ndarray]]
 
 LONGEST_SIDE = 448
 """Pictures are shown with at most this many pixels a side; boxes keep the picture's own pixels."""
-
-EXACT_BYTES = 32_000
-"""Pictures that take no more than this as PNG are sent so, larger ones as JPEG."""
 
 _SCALED = ("shallow", "all", "none")
 _FOUND, _TRUTH = (0, 229, 255), (255, 255, 255)
@@ -90,10 +101,6 @@ class LayerCAMPanel(Panel):
     """The scaling function of Eq. 3.9: ``tanh``, ``none``, ``sqrt`` or ``tan``."""
     scaled = traitlets.Unicode("shallow").tag(sync=True)
     """Which stages are scaled: ``shallow`` (all selected but the deepest), ``all``, ``none``."""
-    opacity = traitlets.Float(0.8).tag(sync=True)
-    """The weight of the color where the map is largest, in [0, 1]."""
-    palette = traitlets.Unicode("inferno").tag(sync=True)
-    """The color table, one of :data:`attnviz.colors.PALETTES`."""
     threshold = traitlets.Float(0.15).tag(sync=True)
     """The share of the map's maximum above which a pixel belongs to the box, in [0, 1)."""
     box = traitlets.Tuple(
@@ -101,8 +108,6 @@ class LayerCAMPanel(Panel):
     ).tag(sync=True)
     """The box round the largest component, half-open, in pixels of the picture, or None."""
 
-    _data = traitlets.Dict().tag(sync=True)
-    _css = style()
     _esm = source("layercam")
 
     def __init__(
@@ -117,7 +122,7 @@ class LayerCAMPanel(Panel):
         network: str = "",
         **settings: Setting,
     ) -> None:
-        _check_settings(settings, type(self))
+        check_settings(settings, type(self))
         if isinstance(images, np.ndarray) and images.ndim == 3:
             images, classes, maps = [images], [classes], [maps]
             boxes = None if boxes is None else [boxes]
@@ -125,7 +130,7 @@ class LayerCAMPanel(Panel):
         count = len(images)
         boxes = [[] for _ in range(count)] if boxes is None else boxes
         names = [f"picture {number + 1}" for number in range(count)] if names is None else names
-        _check_lengths(count, classes=classes, maps=maps, boxes=boxes, names=names)
+        check_lengths(count, classes=classes, maps=maps, boxes=boxes, names=names)
         methods, depth = _check_maps(classes, maps)
         if stage_names is None:
             stage_names = [f"stage {number + 1}" for number in range(depth)]
@@ -152,7 +157,7 @@ class LayerCAMPanel(Panel):
             "network": network,
             "stageNames": [str(name) for name in stage_names],
             "methods": methods,
-            "palettes": {name: colors.palette(name).tobytes() for name in colors.PALETTES},
+            "palettes": palettes(),
             "pictures": records,
         }
         super().__init__(_data=data, **settings)
@@ -179,6 +184,51 @@ class LayerCAMPanel(Panel):
             corners = (x0 * across, y0 * down, x1 * across - 1, y1 * down - 1)
             draw.rectangle(corners, outline=color, width=2)
         return np.asarray(image)
+
+    def to_figure(self, width: float = 3.5) -> "Sheet":
+        """Returns what is on screen as a matplotlib figure, for a paper.
+
+        Lines and text are lines and text in it, so save it as PDF or SVG with ``savefig``.
+
+        Args:
+            width: Width of the figure in inches.
+
+        Example:
+            ``panel.to_figure().savefig("cat.pdf")``
+        """
+        from ..figures.sheet import TEXT, TINY, canvas, put_image, put_outline, put_text
+
+        full_size = self._pictures[self.image_index].full_size
+        pixels = self.render()
+        caption = wrapped(self._caption(), width, TEXT)
+        below = 0.3 + 0.15 * (caption.count("\n") + 1)
+        tall = width * pixels.shape[0] / pixels.shape[1]
+        figure, axis = canvas(width, tall + below)
+        put_image(axis, pixels, 0, below, width)
+        place = (0, below, width, tall)
+        for box in self._truths[self.image_index]:
+            put_outline(axis, box, full_size, place, "white", "--")
+        if self.box:
+            put_outline(axis, self.box, full_size, place, "#00e5ff")
+        put_text(axis, 0, below - 0.05, caption, TEXT, ha="left", va="top", parse_math=False)
+        bar = axis.inset_axes((0, 0.17, width, 0.08), transform=axis.transData)
+        bar.imshow(colors.palette(self.palette)[None], extent=(0, 1, 0, 1), aspect="auto")
+        bar.set(yticks=[], xticks=[0, self.threshold, 1])
+        bar.set_xticklabels(["0", f"threshold {self.threshold:.2f}", "1"], fontsize=TINY)
+        bar.tick_params(length=2, pad=1.5)
+        for label, side in zip(bar.get_xticklabels(), ("left", "center", "right"), strict=True):
+            label.set_ha(side)
+        return figure
+
+    def _caption(self) -> str:
+        from ..figures.examples import NAMES
+
+        stages = ", ".join(map(str, self.stages)) or "none"
+        bent = self.scaled == "all" or (self.scaled == "shallow" and len(self.stages) > 1)
+        curves = {"tanh": f"tanh({self.gamma:g}x)", "sqrt": "√x", "tan": "tan x"}
+        curve = f", {curves[self.scaling]}" if bent and self.scaling in curves else ""
+        name = f"{NAMES.get(self.method, self.method)} of {self.class_name}"
+        return f"{name}, stage{'s' * (len(self.stages) > 1)} {stages}{curve}"
 
     @property
     def class_name(self) -> str:
@@ -227,18 +277,12 @@ class LayerCAMPanel(Panel):
 
     @traitlets.validate("image_index")
     def _check_image_index(self, proposal: traitlets.Bunch) -> int:
-        count = len(self._pictures)
-        _require(
-            0 <= proposal.value < count,
-            f"`image_index` in [0, {count}), got {proposal.value}; the panel has {count} "
-            f"picture{'s' * (count > 1)}",
-        )
-        return proposal.value
+        return check_index(proposal.value, len(self._pictures))
 
     @traitlets.validate("class_id")
     def _check_class_id(self, proposal: traitlets.Bunch) -> int:
         known = list(self._pictures[self.image_index].stacks)
-        _require(
+        require(
             proposal.value in known,
             f"`class_id` in {known}, got {proposal.value}; "
             "explore_stages takes further classes as `class_ids`",
@@ -247,7 +291,7 @@ class LayerCAMPanel(Panel):
 
     @traitlets.validate("stages")
     def _check_stages(self, proposal: traitlets.Bunch) -> list[int]:
-        _require(
+        require(
             all(1 <= stage <= self._depth for stage in proposal.value),
             f"`stages` from 1 to {self._depth}, got {proposal.value}; 1 is the shallowest",
         )
@@ -255,35 +299,29 @@ class LayerCAMPanel(Panel):
 
     @traitlets.validate("gamma")
     def _check_gamma(self, proposal: traitlets.Bunch) -> float:
-        _require(
+        require(
             0 < proposal.value <= 8,
             f"`gamma` in (0, 8], got {proposal.value:g}; the thesis found 2 best",
         )
         return proposal.value
 
-    @traitlets.validate("opacity")
-    def _check_opacity(self, proposal: traitlets.Bunch) -> float:
-        _require(0 <= proposal.value <= 1, f"`opacity` in [0, 1], got {proposal.value:g}")
-        return proposal.value
-
     @traitlets.validate("threshold")
     def _check_threshold(self, proposal: traitlets.Bunch) -> float:
-        _require(
+        require(
             0 <= proposal.value < 1,
             f"`threshold` in [0, 1), got {proposal.value:g}; it is a share of the maximum",
         )
         return proposal.value
 
-    @traitlets.validate("method", "scaling", "scaled", "palette")
+    @traitlets.validate("method", "scaling", "scaled")
     def _check_choice(self, proposal: traitlets.Bunch) -> str:
         name = proposal.trait.name
         choices = {
             "method": tuple(self._methods),
             "scaling": get_args(Scaling),
             "scaled": _SCALED,
-            "palette": colors.PALETTES,
         }[name]
-        _require(proposal.value in choices, f"`{name}` in {choices}, got {proposal.value!r}")
+        require(proposal.value in choices, f"`{name}` in {choices}, got {proposal.value!r}")
         return proposal.value
 
 
@@ -323,27 +361,25 @@ def explore_stages(
     """
     from ..explain import stage_maps  # runs networks, which a panel alone does not need
 
-    _check_settings(settings, LayerCAMPanel)
-    if not isinstance(net, Staged):
-        raise TypeError(
-            f"expected a network from attnviz.staged or attnviz.load_network, got "
-            f"{type(net).__name__}; attnviz.staged(model) makes one"
-        )
+    check_settings(settings, LayerCAMPanel)
+    check_network(net)
     if not isinstance(images, list | tuple | Tensor):
         images = [images]
         class_ids = None if class_ids is None else [class_ids]
         boxes = None if boxes is None else [boxes]
         names = [names] if isinstance(names, str) else names
     class_ids = [None] * len(images) if class_ids is None else class_ids
-    _check_lengths(len(images), class_ids=class_ids)
+    check_lengths(len(images), class_ids=class_ids)
+    if names is None:
+        names = [image_name(image, number) for number, image in enumerate(images, 1)]
     pictures, entries, stacks = [], [], []
     for image, asked in zip(images, class_ids, strict=True):
-        tensor, pixels = _read(net, image)
-        scores = _scores(net, tensor)
-        chosen = _choose(net, scores, asked, classes)
+        tensor, pixels = read_image(net, image)
+        scores = class_scores(net, tensor)
+        chosen = choose_classes(net, scores, asked, classes)
         found = stage_maps(net, tensor, [chosen], methods, gradient_at=gradient_at)
         pictures.append(pixels)
-        entries.append([(number, _class_name(net, number), scores[number]) for number in chosen])
+        entries.append([(number, class_name(net, number), scores[number]) for number in chosen])
         stacks.append(
             [
                 {
@@ -359,42 +395,13 @@ def explore_stages(
         stacks,
         stage_names=net.stage_names,
         boxes=boxes,
-        names=[_name(image, k) for k, image in enumerate(images, 1)] if names is None else names,
+        names=names,
         network=net.name,
         **settings,
     )
 
 
 # ---------------------------------------------------------------------------------------- input
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise traitlets.TraitError(f"expected {message}")
-
-
-def _check_settings(settings: dict[str, Setting], panel: type[LayerCAMPanel]) -> None:
-    known = [
-        name
-        for name, trait in panel.class_own_traits().items()
-        if not name.startswith("_") and not trait.read_only
-    ]
-    for name in settings:
-        if name not in known:
-            near = get_close_matches(name, known, n=3, cutoff=0.4) or known
-            raise TypeError(
-                f"expected a setting of the panel, got `{name}`; the nearest are {near}"
-            )
-
-
-def _check_lengths(count: int, **given: Sequence[object]) -> None:
-    if count == 0:
-        raise ValueError("expected at least one picture in `images`, got none")
-    for name, values in given.items():
-        if len(values) != count:
-            raise ValueError(
-                f"expected {count} entries in `{name}`, one for each picture, got {len(values)}"
-            )
 
 
 def _check_maps(
@@ -431,13 +438,9 @@ def _encode(
         raise TypeError(f"expected pictures as uint8 arrays, got {kind}")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"expected pictures of shape (height, width, 3), got {image.shape}")
-    shown = Image.fromarray(image)
-    if max(shown.size) > LONGEST_SIDE:
-        shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    mime, encoded = _compress(shown)
-    pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    pixels, shown = encode_picture(Image.fromarray(image), LONGEST_SIDE)
     levels = {
-        int(entry[0]): {name: [_quantize(stage) for stage in stack[name]] for name in methods}
+        int(entry[0]): {name: [quantize(stage) for stage in stack[name]] for name in methods}
         for entry, stack in zip(entries, stacks, strict=True)
     }
     depth = len(stacks[0][methods[0]])
@@ -449,13 +452,9 @@ def _encode(
                     "expected the maps of a stage in one size for every class and method, "
                     f"got {[level.shape for level in stack[name]]} and {sizes}"
                 )
-    record = {
-        "width": shown.width,
-        "height": shown.height,
+    record = shown | {
         "fullWidth": image.shape[1],
         "fullHeight": image.shape[0],
-        "mime": mime,
-        "image": encoded,
         "classes": [
             {"id": int(number), "name": str(name), "score": float(score)}
             for number, name, score in entries
@@ -478,26 +477,6 @@ def _pack(stacks: list[dict[str, list[np.ndarray]]], methods: Sequence[str], dep
     )
 
 
-def _compress(image: Image.Image) -> tuple[str, bytes]:
-    # Small pictures stay exact.
-    png, jpeg = io.BytesIO(), io.BytesIO()
-    image.save(png, "PNG", optimize=True)
-    if png.tell() <= EXACT_BYTES:
-        return "image/png", png.getvalue()
-    image.save(jpeg, "JPEG", quality=88)
-    return "image/jpeg", jpeg.getvalue()
-
-
-def _quantize(map: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
-    map = np.asarray(map, np.float64)
-    if map.ndim != 2 or not np.isfinite(map).all():
-        raise ValueError(f"expected finite maps of shape (h, w), got shape {map.shape}")
-    peak = map.max()
-    if peak <= 0:
-        return np.zeros(map.shape, np.uint8)
-    return np.floor(np.maximum(map / peak, 0) * 255 + 0.5).astype(np.uint8)
-
-
 def _plain_boxes(boxes: Sequence[Box]) -> list[list[float]]:
     plain = [[float(value) for value in box] for box in boxes]
     for box in plain:
@@ -506,44 +485,3 @@ def _plain_boxes(boxes: Sequence[Box]) -> list[list[float]]:
                 f"expected `boxes` of (x0, y0, x1, y1) with x0 < x1, y0 < y1, got {box}"
             )
     return plain
-
-
-# ------------------------------------------------------------------------------------- networks
-
-
-def _read(net: Staged, image: Picture | Tensor) -> tuple[Tensor, UInt8[np.ndarray, "h w 3"]]:
-    # The tensor the network sees and the pixels the reader sees.
-    if isinstance(image, Tensor):
-        mean, std = (torch.tensor(values)[:, None, None] for values in (net.mean, net.std))
-        pixels = ((image.detach().float().cpu() * std + mean).clamp(0, 1) * 255).round().byte()
-        return image[None], pixels.permute(1, 2, 0).contiguous().numpy()
-    pixels = to_pixels(image)
-    return net.preprocess(pixels), pixels
-
-
-def _scores(net: Staged, tensor: Tensor) -> list[float]:
-    output = net(tensor)
-    if not isinstance(output, Tensor) or output.ndim not in (1, 2):
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"expected a network output of one row of scores per image, got {got}")
-    scores = output.flatten().tolist()
-    return scores if len(scores) > 1 else [-scores[0], scores[0]]  # classes 0 and 1, as explain
-
-
-def _choose(net: Staged, scores: list[float], asked: ClassId, classes: int) -> list[int]:
-    # The classes asked for, then the best scoring ones.
-    if asked is None:
-        asked = []
-    elif isinstance(asked, str | Integral):
-        asked = [asked]
-    numbers = [net.class_id(each if isinstance(each, str) else int(each)) for each in asked]
-    best = sorted(range(len(scores)), key=lambda number: -scores[number])[: max(classes, 1)]
-    return list(dict.fromkeys(numbers)) + [number for number in best if number not in numbers]
-
-
-def _class_name(net: Staged, number: int) -> str:
-    return str(net.class_names[number]) if net.class_names else f"class {number}"
-
-
-def _name(image: Picture | Tensor, number: int) -> str:
-    return Path(image).stem if isinstance(image, str | PathLike) else f"picture {number}"

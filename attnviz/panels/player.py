@@ -5,7 +5,6 @@ repeat in Python what it draws, from the same 8 bit maps, and are tested equal t
 that still runs is followed by a thread that looks into the folder of the run.
 """
 
-import io
 import math
 import threading
 import weakref
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from time import monotonic
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -25,15 +24,27 @@ from PIL import Image, ImageDraw, ImageFont
 from .. import colors
 from ..cam import resize
 from ..evolution import Evolution, load_evolution, request_stop
-from .export import Panel, source, style
-from .layercam import _check_settings, _compress, _require
+from .panel import (
+    Panel,
+    Setting,
+    check_index,
+    check_settings,
+    encode_picture,
+    palettes,
+    require,
+    source,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ..figures.sheet import Sheet
 
 __all__ = ["EvolutionPlayer", "explore_accumulation"]
 
 Highlight = Literal["epoch", "first", "none"]
 Curve = Literal["picture", "training"]
 Run = str | PathLike[str]
-Setting = bool | int | float | str
 
 LONGEST_SIDE = 336
 """Pictures are shown with at most this many pixels a side: several stand side by side."""
@@ -41,6 +52,7 @@ LONGEST_SIDE = 336
 SPEEDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Epochs per second to choose from."""
 
+_TONES = ("#b35900", "#0b63b0", "#00754f", "#a03a7e", "#6a5acd", "#5f6670")  # on white
 _NEW, _NEW_SHARE, _TRUTH = (0, 229, 255), 0.6, (255, 255, 255)
 
 
@@ -109,10 +121,6 @@ class EvolutionPlayer(Panel):
     """Whether the outline of the true mask is drawn."""
     curve_of = traitlets.Unicode("picture").tag(sync=True)
     """The curves: of this ``picture`` at the threshold, or as the ``training`` recorded them."""
-    opacity = traitlets.Float(0.8).tag(sync=True)
-    """The weight of the color where the map is largest, in [0, 1]."""
-    palette = traitlets.Unicode("inferno").tag(sync=True)
-    """The color table, one of :data:`attnviz.colors.PALETTES`."""
     speed = traitlets.Float(4.0).tag(sync=True)
     """Epochs per second while it plays, one of :data:`SPEEDS`."""
     stopping = traitlets.Bool(False).tag(sync=True)
@@ -120,9 +128,7 @@ class EvolutionPlayer(Panel):
     live = traitlets.Bool(False, read_only=True).tag(sync=True)
     """Whether a training is being followed."""
 
-    _data = traitlets.Dict().tag(sync=True)
     _frames = traitlets.Dict().tag(sync=True)
-    _css = style()
     _esm = source("player")
 
     def __init__(
@@ -134,7 +140,7 @@ class EvolutionPlayer(Panel):
         **settings: Setting,
     ) -> None:
         self._ended = threading.Event()  # first, since a widget that fails is closed as well
-        _check_settings(settings, type(self))
+        check_settings(settings, type(self))
         _check_same(evolutions)
         if not following:
             _check_recorded(evolutions)
@@ -154,7 +160,7 @@ class EvolutionPlayer(Panel):
                 for each in self._series
             ],
             "speeds": list(SPEEDS),
-            "palettes": {name: colors.palette(name).tobytes() for name in colors.PALETTES},
+            "palettes": palettes(),
             "pictures": records,
         }
         super().__init__(_data=data, _frames=self._pack(), **settings)
@@ -240,6 +246,79 @@ class EvolutionPlayer(Panel):
             draw.text((number * step, 2), title, fill=(30, 32, 36), font=font)
             sheet.paste(shown, (number * step, 22))
         return np.asarray(sheet)
+
+    def to_figure(self, width: float = 7.0) -> "Sheet":
+        """Returns what is on screen as a matplotlib figure, for a paper: maps and curves.
+
+        Lines and text are lines and text in it, so save it as PDF or SVG with ``savefig``.
+
+        Args:
+            width: Width of the figure in inches.
+        """
+        from ..figures.sheet import SMALL, TEXT, canvas, put_image, put_text
+
+        picture, entry = self._now
+        curves = self.curve()
+        columns = [picture.pixels, *self.render()]
+        gap, below, top = 0.08, 1.75, 0.42
+        cell = (width - gap * (len(columns) - 1)) / len(columns)
+        tall = cell * picture.pixels.shape[0] / picture.pixels.shape[1]
+        figure, axis = canvas(width, below + tall + top)
+        title = f"{picture.name}, epoch {self.epoch}" if self.epoch else "no epoch yet"
+        put_text(
+            axis, 0, below + tall + 0.32, title, TEXT, ha="left", weight="bold", parse_math=False
+        )
+        for number, pixels in enumerate(columns):
+            x = number * (cell + gap)
+            put_image(axis, pixels, x, below, cell)
+            regions = []
+            if self.truth and entry.mask is not None:
+                regions.append((entry.mask == 1, "white"))
+            if self.contour and number:
+                regions.append((self.found(number - 1), "#00e5ff"))
+            for region, color in regions:
+                _put_region(axis, region, (x, below, cell, tall), color)
+            name = self._series[number - 1].name if number else entry.name
+            tone = _TONES[number - 1] if number else "black"
+            put_text(
+                axis, x, below + tall + 0.1, name, SMALL, ha="left", color=tone, parse_math=False
+            )
+            if number and self._epochs:
+                shown = ("recall", "noise") if entry.mask is not None else ("found",)
+                shares = curves[name]
+                words = [f"{kind} {shares[kind][self._place]:.0%}" for kind in shown]
+                text = ", ".join(words).replace("nan%", "–")
+                put_text(axis, x, below - 0.1, text, SMALL, ha="left")
+        self._put_curves(axis, curves, (0.42, 0.36, width - 0.5, below - 0.75))
+        return figure
+
+    def _put_curves(
+        self, axis: "Axes", curves: Mapping[str, Mapping[str, Float[np.ndarray, " t"]]],
+        place: tuple[float, float, float, float],
+    ) -> None:  # fmt: skip
+        from ..figures.sheet import SMALL, TINY
+
+        chart = axis.inset_axes(place, transform=axis.transData)
+        kinds = set()
+        for number, shares in enumerate(curves.values()):
+            kinds = {"recall", "noise"} & set(shares) or {"found"}
+            for kind in kinds:
+                dashes = "--" if kind == "noise" else "-"
+                chart.plot(self._epochs, shares[kind], dashes, color=_TONES[number], lw=1.1)
+        if self._epochs:
+            chart.axvline(self.epoch, color="black", lw=0.8)
+        found = "found" in kinds
+        chart.set_ylim(*(() if found else (0, 1.02)))
+        if len(self._epochs) > 1:
+            chart.set_xlim(self._epochs[0], self._epochs[-1])
+        chart.set_xlabel("epoch", fontsize=SMALL, labelpad=1)
+        chart.set_title(
+            "share of the picture found" if found else "recall (solid) and noise (dashed)",
+            fontsize=SMALL, pad=3,
+        )  # fmt: skip
+        chart.tick_params(labelsize=TINY, length=2)
+        chart.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        chart.spines[["top", "right"]].set_visible(False)
 
     def stop(self) -> None:
         """Asks the training that is followed to end at its next step, with a checkpoint."""
@@ -378,18 +457,12 @@ class EvolutionPlayer(Panel):
 
     @traitlets.validate("image_index")
     def _check_image_index(self, proposal: traitlets.Bunch) -> int:
-        count = len(self._pictures)
-        _require(
-            0 <= proposal.value < count,
-            f"`image_index` in [0, {count}), got {proposal.value}; the panel has {count} "
-            f"picture{'s' * (count > 1)}",
-        )
-        return proposal.value
+        return check_index(proposal.value, len(self._pictures))
 
     @traitlets.validate("class_id")
     def _check_class_id(self, proposal: traitlets.Bunch) -> int:
         known = [each.class_id for each in self._pictures[self.image_index].classes]
-        _require(
+        require(
             proposal.value in known,
             f"`class_id` in {known}, got {proposal.value}; the others were not watched",
         )
@@ -398,7 +471,7 @@ class EvolutionPlayer(Panel):
     @traitlets.validate("epoch")
     def _check_epoch(self, proposal: traitlets.Bunch) -> int:
         known = self._epochs or (0,)
-        _require(
+        require(
             proposal.value in known,
             f"`epoch` as a recorded one from {known[0]} to {known[-1]}, got {proposal.value}",
         )
@@ -406,27 +479,21 @@ class EvolutionPlayer(Panel):
 
     @traitlets.validate("threshold")
     def _check_threshold(self, proposal: traitlets.Bunch) -> float:
-        _require(
+        require(
             0 < proposal.value < 1,
             f"`threshold` in (0, 1), got {proposal.value:g}; it is a share of the maximum",
         )
         return proposal.value
 
-    @traitlets.validate("opacity")
-    def _check_opacity(self, proposal: traitlets.Bunch) -> float:
-        _require(0 <= proposal.value <= 1, f"`opacity` in [0, 1], got {proposal.value:g}")
-        return proposal.value
-
-    @traitlets.validate("highlight", "curve_of", "palette", "speed")
+    @traitlets.validate("highlight", "curve_of", "speed")
     def _check_choice(self, proposal: traitlets.Bunch) -> str | float:
         name = proposal.trait.name
         choices = {
             "highlight": get_args(Highlight),
             "curve_of": get_args(Curve),
-            "palette": colors.PALETTES,
             "speed": SPEEDS,
         }[name]
-        _require(proposal.value in choices, f"`{name}` in {choices}, got {proposal.value!r}")
+        require(proposal.value in choices, f"`{name}` in {choices}, got {proposal.value!r}")
         return proposal.value
 
 
@@ -461,7 +528,7 @@ def explore_accumulation(
     Example:
         ``explore_accumulation(["cam_run", "drop_run"]).save_html("player.html")``
     """
-    _check_settings(settings, EvolutionPlayer)
+    check_settings(settings, EvolutionPlayer)
     names = list(runs) if isinstance(runs, Mapping) else None
     if isinstance(runs, Mapping):
         runs = list(runs.values())
@@ -608,16 +675,13 @@ def _read_pictures(
         images.setdefault(each.image_id, []).append(number)
     shown, records = [], []
     for name, numbers in images.items():
-        image = Image.fromarray(first.picture(numbers[0]))
-        if max(image.size) > LONGEST_SIDE:
-            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-        mime, encoded = _compress(image)
-        pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        pixels, record = encode_picture(Image.fromarray(first.picture(numbers[0])), LONGEST_SIDE)
         classes = []
         for number in numbers:
             each, mask = first.watched[number], first.mask(number)
             if mask is not None:
-                resized = Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
+                size = pixels.shape[1::-1]
+                resized = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
                 mask = np.asarray(resized)
             pair = (each.image_id, each.class_id)
             found = tuple(run[pair] for run in places)
@@ -625,12 +689,9 @@ def _read_pictures(
         shown.append(_Shown(name, pixels, tuple(classes)))
         masks = b"".join(entry.mask.tobytes() for entry in classes if entry.mask is not None)
         records.append(
-            {
+            record
+            | {
                 "name": name,
-                "width": image.width,
-                "height": image.height,
-                "mime": mime,
-                "image": encoded,
                 "masks": zlib.compress(masks, 9),
                 "classes": [
                     {
@@ -672,6 +733,23 @@ def _training_curves(
         ]
         for name, column in columns.items()
     }
+
+
+def _put_region(
+    axis: "Axes", region: Bool[np.ndarray, "h w"], place: tuple[float, float, float, float],
+    color: str,
+) -> None:  # fmt: skip
+    # The outline of a region of a picture that is drawn at `place`, over a dark one.
+    from matplotlib.collections import LineCollection
+
+    x, y, width, height = place
+    across, down = width / region.shape[1], height / region.shape[0]
+    lines = [
+        [(x + x0 * across, y + height - y0 * down), (x + x1 * across, y + height - y1 * down)]
+        for x0, y0, x1, y1 in _outline(region)
+    ]
+    for tone, thick in (("black", 1.8), (color, 1.0)):
+        axis.add_collection(LineCollection(lines, colors=tone, linewidths=thick), autolim=False)
 
 
 # -------------------------------------------------------------------- what the browser draws too

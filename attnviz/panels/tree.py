@@ -12,9 +12,11 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import groupby, islice
 from numbers import Integral
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -29,20 +31,31 @@ from ..cam import normalize
 from ..crops import Window, run
 from ..stages import Staged
 from ..tree import CLASS, Edge, Evidence, Node, _tight, evidence
-from .export import Panel, source, style
-from .layercam import (
-    LONGEST_SIDE,
+from .layercam import LONGEST_SIDE
+from .panel import (
+    ClassId,
+    Panel,
     Picture,
     Setting,
-    _check_settings,
-    _choose,
-    _class_name,
-    _compress,
-    _quantize,
-    _read,
-    _require,
-    _scores,
+    check_index,
+    check_lengths,
+    check_network,
+    check_settings,
+    choose_classes,
+    class_name,
+    class_scores,
+    encode_picture,
+    image_name,
+    palettes,
+    quantize,
+    read_image,
+    require,
+    source,
+    wrapped,
 )
+
+if TYPE_CHECKING:
+    from ..figures.sheet import Sheet
 
 __all__ = ["TreePanel", "crop_map", "crop_picture", "explore_evidence"]
 
@@ -53,9 +66,31 @@ Link = tuple[int, list[tuple[int, int]]]
 MOST = 8
 """How many channels a node can show."""
 
-_THUMB = 56
+_THUMB, _CARD = 56, 122
+_ON_PATH, _EDGE = "#1264c4", "#b9c0ca"
 _SKETCH = 140  # longest side of a stored guided gradient
 _EXACT = 48  # up to this side it is stored without loss
+
+
+class _Layout(NamedTuple):
+    # By link: places in pixels, edges with their share, and two lines of text.
+    places: dict[str, tuple[int, float]]
+    edges: list[tuple[str, str, float]]
+    labels: dict[str, tuple[str, str]]
+
+
+@dataclass
+class _Scene:
+    # What is known of one picture.
+    names: dict[int, str]
+    trees: dict[int, Evidence] = field(default_factory=dict)
+    owner: dict[str, Evidence] = field(default_factory=dict)
+    families: dict[str, list[Edge]] = field(default_factory=dict)
+    maps: dict[tuple[str, str], tuple[UInt8[np.ndarray, "_ _"], float]] = field(
+        default_factory=dict
+    )
+    pixels: UInt8[np.ndarray, "h w 3"] | None = None
+    data: dict[str, object] = field(default_factory=dict)
 
 
 class TreePanel(Panel):
@@ -65,16 +100,23 @@ class TreePanel(Panel):
     ``281/5:112/4:57``. Where the class is the first one shown, it may be left out.
 
     Args:
-        image: The picture, uint8, height x width x 3.
-        classes: The classes to choose from: ``(id, name, score, probability)`` each.
-        plant: Makes the evidence of a class; called when the class is first shown.
+        images: The picture, uint8, height x width x 3, or several.
+        classes: The classes to choose from: ``(id, name, score, probability)`` each; a list of
+            such lists for several pictures.
+        plant: Makes the evidence of a class of a picture, by their numbers; called when they are
+            first shown.
+        names: Names of the pictures.
         network: The network's name.
         histograms: For a channel ``(stage, channel)``, how often it is top evidence by class.
         **settings: Initial values of the traits below.
     """
 
+    image_index = traitlets.Int(0).tag(sync=True)
+    """Which picture is shown, from 0. Its evidence is made when it is first shown."""
     class_ids = traitlets.List(traitlets.Int()).tag(sync=True)
     """The class whose tree is shown, or two to compare."""
+    class_id = traitlets.Int().tag(sync=True)
+    """The first of :attr:`class_ids`: other panels' class can be linked to it."""
     selected = traitlets.Unicode().tag(sync=True)
     """Link of the selected node; setting it opens the nodes on its path."""
     opened = traitlets.List(traitlets.Unicode()).tag(sync=True)
@@ -85,61 +127,38 @@ class TreePanel(Panel):
     """The shallowest stage that is shown."""
     cropped = traitlets.Bool(True).tag(sync=True)
     """Whether nodes show their receptive field alone or the whole picture."""
-    opacity = traitlets.Float(0.8).tag(sync=True)
-    """The weight of the color where a map is largest, in [0, 1]."""
-    palette = traitlets.Unicode("inferno").tag(sync=True)
-    """The color table, one of :data:`attnviz.colors.PALETTES`."""
 
-    _data = traitlets.Dict().tag(sync=True)
-    _css = style()
     _esm = source("tree")
 
     def __init__(
         self,
-        image: UInt8[np.ndarray, "h w 3"],
-        classes: Sequence[Class],
-        plant: Callable[[int], Evidence],
+        images: UInt8[np.ndarray, "_ _ 3"] | Sequence[UInt8[np.ndarray, "_ _ 3"]],
+        classes: Sequence[Class] | Sequence[Sequence[Class]],
+        plant: Callable[[int, int], Evidence],
         *,
+        names: Sequence[str] | None = None,
         network: str = "",
         histograms: Histograms | None = None,
         **settings: Setting,
     ) -> None:
-        _check_settings(settings, type(self))
-        if not classes:
+        check_settings(settings, type(self))
+        if isinstance(images, np.ndarray):
+            images, classes = [images], [classes]
+        if names is None:
+            names = [f"picture {number + 1}" for number in range(len(images))]
+        check_lengths(len(images), classes=classes, names=names)
+        if not all(classes):
             raise ValueError("expected at least one class in `classes`, got none")
         self._lock = threading.RLock()  # round the model: evidence is made in two threads
         self._worker = ThreadPoolExecutor(1, "attnviz-tree")
         self._newest: dict[str, str] = {}
         self._plant, self._network = plant, network
-        self._names = {int(number): str(name) for number, name, *_ in classes}
-        self._trees: dict[int, Evidence] = {}
-        self._owner: dict[str, Evidence] = {}
-        self._families: dict[str, list[Edge]] = {}
-        self._maps: dict[tuple[str, str], tuple[UInt8[np.ndarray, "_ _"], float]] = {}
-        shown = settings.setdefault("class_ids", [int(classes[0][0])])
-        first = self._tree(shown[0]).to_json()
-        self._stages = {stage["stage"]: tuple(stage["size"]) for stage in first["stages"]}
-        self._size = tuple(first["image_size"])
-        picture = Image.fromarray(image)
-        if max(picture.size) > LONGEST_SIDE:
-            picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-        mime, encoded = _compress(picture)
-        self._pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-        data = {
+        self._images, self._classes = images, classes
+        self._common = {
             "network": network,
-            "classes": [
-                {"id": int(number), "name": str(name), "score": float(score),
-                 "probability": None if probability is None else float(probability)}
-                for number, name, score, probability in classes
-            ],
-            "stages": first["stages"],
-            "imageSize": list(self._size),
+            "pictures": [str(name) for name in names],
             "most": MOST,
-            "width": picture.width,
-            "height": picture.height,
-            "mime": mime,
-            "image": encoded,
-            "palettes": {name: colors.palette(name).tobytes() for name in colors.PALETTES},
+            "palettes": palettes(),
             "histograms": {
                 f"{stage}:{channel}": sorted(
                     ([str(name), float(value)] for name, value in histogram.items()),
@@ -147,12 +166,71 @@ class TreePanel(Panel):
                 )[:MOST]
                 for (stage, channel), histogram in (histograms or {}).items()
             },
-            "packets": [],
-        }  # fmt: skip
+        }
+        self._scenes: dict[int, _Scene] = {}
+        index = check_index(settings.get("image_index", 0), len(images))
+        entries = classes[index]
+        first = settings.get("class_id", int(entries[0][0]))
+        shown = settings.setdefault("class_ids", [first])
+        settings["class_id"] = shown[0]
         settings.setdefault("selected", str(shown[0]))
         settings.setdefault("opened", [str(number) for number in shown])
-        super().__init__(_data=data, **settings)
+        self._enter(index, shown[0])
+        super().__init__(_data=self._scenes[index].data, **settings)
         self.on_msg(self._asked)
+
+    def _enter(self, index: int, class_id: int) -> None:
+        # What belongs to a picture; its evidence is kept when another one is shown.
+        self._at = index
+        if index not in self._scenes:
+            names = {int(number): str(name) for number, name, *_ in self._classes[index]}
+            self._scenes[index] = _Scene(names)
+        scene = self._scenes[index]
+        self._names, self._trees, self._owner = scene.names, scene.trees, scene.owner
+        self._families, self._maps = scene.families, scene.maps
+        if not scene.data:
+            first = self._tree(class_id).to_json()
+            scene.pixels, picture = encode_picture(
+                Image.fromarray(self._images[index]), LONGEST_SIDE
+            )
+            scene.data = self._common | picture | {
+                "index": index,
+                "classes": [
+                    {"id": int(number), "name": str(name), "score": float(score),
+                     "probability": None if probability is None else float(probability)}
+                    for number, name, score, probability in self._classes[index]
+                ],
+                "stages": first["stages"],
+                "imageSize": list(first["image_size"]),
+                "packets": [],
+            }  # fmt: skip
+        self._pixels = scene.pixels
+        self._stages = {each["stage"]: tuple(each["size"]) for each in scene.data["stages"]}
+        self._size = tuple(scene.data["imageSize"])
+
+    @traitlets.validate("image_index")
+    def _check_image_index(self, proposal: traitlets.Bunch) -> int:
+        return check_index(proposal.value, len(self._images))
+
+    @traitlets.observe("image_index")
+    def _show_picture(self, change: traitlets.Bunch) -> None:
+        if self.image_index == self._at:  # at the start
+            return
+        offered = [int(number) for number, *_ in self._classes[self.image_index]]
+        shown = self.class_id if self.class_id in offered else offered[0]
+        with self._lock, self.hold_sync():
+            self._enter(self.image_index, shown)
+            self._data = self._scenes[self.image_index].data
+            self.class_ids, self.selected, self.opened = [shown], str(shown), [str(shown)]
+            self._open_best()
+
+    def _open_best(self) -> None:
+        # The strongest channel of the class.
+        if found := self.children():
+            best = found[0]
+            self.selected = f"{self.class_ids[0]}/{best.stage}:{best.channel}"
+            self.children(self.selected)
+            self.opened = [*self.opened, self.selected]
 
     def grow(self, depth: int, *, progress: bool = False) -> None:
         """Opens every node down to `depth` steps below the classes shown.
@@ -221,7 +299,7 @@ class TreePanel(Panel):
     def _tree(self, class_id: int) -> Evidence:
         with self._lock:
             if class_id not in self._trees:
-                self._trees[class_id] = self._plant(class_id)
+                self._trees[class_id] = self._plant(self._at, class_id)
             return self._trees[class_id]
 
     def _expand(self, class_id: int, *nodes: str) -> dict[str, object] | None:
@@ -262,7 +340,7 @@ class TreePanel(Panel):
             children = []
             for edge in self._families[key]:
                 map = np.asarray(edge.map.float().cpu())
-                levels, most = _quantize(map), max(float(map.max()), 0.0)
+                levels, most = quantize(map), max(float(map.max()), 0.0)
                 self._maps[key, edge.child] = levels, most
                 top, left, bottom, right = _window(levels)
                 block.append(levels[top:bottom, left:right].tobytes())
@@ -282,6 +360,7 @@ class TreePanel(Panel):
             })  # fmt: skip
         packet = {
             "number": len(self._data["packets"]),
+            "picture": self._at,
             "nodes": [_record(self._node(name)) for name in dict.fromkeys(named)],
             "families": records,
             "maps": zlib.compress(b"".join(block), 9) if block else b"",
@@ -373,7 +452,7 @@ class TreePanel(Panel):
     @traitlets.validate("class_ids")
     def _check_class_ids(self, proposal: traitlets.Bunch) -> list[int]:
         given = list(dict.fromkeys(proposal.value))
-        _require(
+        require(
             len(given) in (1, 2) and set(given) <= set(self._names),
             f"`class_ids` of one or two of {list(self._names)}, got {proposal.value}; "
             "explore_evidence takes further classes as `class_ids`",
@@ -381,6 +460,21 @@ class TreePanel(Panel):
         for number in given:
             self._family(number, f"class:{number}")
         return given
+
+    @traitlets.validate("class_id")
+    def _check_class_id(self, proposal: traitlets.Bunch) -> int:
+        known = list(self._names)
+        require(
+            proposal.value in known,
+            f"`class_id` in {known}, got {proposal.value}; "
+            "explore_evidence takes further classes as `class_ids`",
+        )
+        return proposal.value
+
+    @traitlets.observe("class_id")
+    def _show_class(self, change: traitlets.Bunch) -> None:
+        if self.class_ids[0] != self.class_id:
+            self.class_ids = list(dict.fromkeys([self.class_id, *self.class_ids[1:]]))
 
     @traitlets.validate("selected")
     def _check_selected(self, proposal: traitlets.Bunch) -> str:
@@ -397,6 +491,7 @@ class TreePanel(Panel):
 
     @traitlets.observe("selected", "class_ids")
     def _show_selected(self, change: traitlets.Bunch) -> None:
+        self.class_id = self.class_ids[0]
         class_id = _parse(self.selected)[0]
         if class_id not in self.class_ids:
             if change.name == "selected":
@@ -412,24 +507,13 @@ class TreePanel(Panel):
 
     @traitlets.validate("top")
     def _check_top(self, proposal: traitlets.Bunch) -> int:
-        _require(1 <= proposal.value <= MOST, f"`top` from 1 to {MOST}, got {proposal.value}")
+        require(1 <= proposal.value <= MOST, f"`top` from 1 to {MOST}, got {proposal.value}")
         return proposal.value
 
     @traitlets.validate("last_stage")
     def _check_last_stage(self, proposal: traitlets.Bunch) -> int:
         known = sorted(self._stages)
-        _require(proposal.value in known, f"`last_stage` in {known}, got {proposal.value}")
-        return proposal.value
-
-    @traitlets.validate("opacity")
-    def _check_opacity(self, proposal: traitlets.Bunch) -> float:
-        _require(0 <= proposal.value <= 1, f"`opacity` in [0, 1], got {proposal.value:g}")
-        return proposal.value
-
-    @traitlets.validate("palette")
-    def _check_palette(self, proposal: traitlets.Bunch) -> str:
-        choices = colors.PALETTES
-        _require(proposal.value in choices, f"`palette` in {choices}, got {proposal.value!r}")
+        require(proposal.value in known, f"`last_stage` in {known}, got {proposal.value}")
         return proposal.value
 
     # ------------------------------------------------------------------------------- the picture
@@ -454,7 +538,64 @@ class TreePanel(Panel):
         pixels = crop_picture(self._pixels, box, shape)
         return colors.overlay(pixels, map, opacity=self.opacity, palette=self.palette)
 
-    def _draw_tree(self, class_id: int) -> UInt8[np.ndarray, "h w 3"]:
+    def to_figure(self, width: float = 7.0) -> "Sheet":
+        """Returns the open tree as a matplotlib figure, for a paper.
+
+        Lines and text are lines and text in it, so save it as PDF or SVG with ``savefig``.
+
+        Args:
+            width: The largest width of the figure in inches; a small tree takes less.
+        """
+        from matplotlib.patches import FancyBboxPatch, PathPatch
+        from matplotlib.path import Path
+
+        from ..figures.sheet import canvas, put_image, put_text
+
+        pixel = 1 / 96  # inches of a pixel of the page
+        trees = [self._lay_out(number) for number in self.class_ids]
+        wide = max(x + _CARD for tree in trees for x, _ in tree.places.values()) + 64
+        heights = [max(y for _, y in tree.places.values()) + _THUMB + 48 for tree in trees]
+        scale = min(1.0, width / (wide * pixel))
+        figure, axis = canvas(wide * pixel * scale, sum(heights) * pixel * scale)
+        axis.set(xlim=(0, wide), ylim=(sum(heights), 0))
+        path = self.selected.split("/")
+        on_path = {"/".join(path[:count]) for count in range(1, len(path) + 1)}
+        for tree, top in zip(trees, np.cumsum([0, *heights]), strict=False):
+            cards = {  # left, upper and width; the class has a longer name
+                link: (x + 50, y + top + 24, _CARD) if "/" in link else (8, y + top + 24, 164)
+                for link, (x, y) in tree.places.items()
+            }
+            for x, stage in {x: link.split("/")[-1].split(":")[0] for link, (x, *_) in
+                             cards.items() if "/" in link}.items():  # fmt: skip
+                put_text(axis, x, top + 12, f"Stage {stage}", 8 * scale, ha="left")
+            most = max((share for *_, share in tree.edges), default=1)
+            for parent, child, share in tree.edges:
+                (x0, y0, across), (x1, y1, _) = cards[parent], cards[child]
+                start, end = (x0 + across, y0 + 30), (x1, y1 + 30)
+                bends = [(start[0] + 26, start[1]), (end[0] - 26, end[1])]
+                curve = Path([start, *bends, end], [Path.MOVETO, *[Path.CURVE4] * 3])
+                color = _ON_PATH if child in on_path else _EDGE
+                thick = max(9 * share / most, 0.6) * scale
+                axis.add_patch(PathPatch(curve, fill=False, edgecolor=color, lw=thick))
+            for link, (x, y, across) in cards.items():
+                axis.add_patch(FancyBboxPatch(
+                    (x + 4, y + 4), across - 8, 52, boxstyle="round,pad=4", facecolor="white",
+                    edgecolor=_ON_PATH if link in on_path else _EDGE, lw=0.9 * scale,
+                ))  # fmt: skip
+                thumb = self.thumbnail(link, 2 * _THUMB)
+                high, broad = thumb.shape[0] / 2, thumb.shape[1] / 2
+                left, upper = x + 2 + (_THUMB - broad) / 2, y + 30 - high / 2
+                put_image(axis, thumb[::-1], left, upper, broad)  # rows run down this axis
+                axis.images[-1].set_zorder(2)
+                name, share = tree.labels[link]
+                lines = wrapped(name, (across - _THUMB - 10) * pixel, 7).split("\n")[:2]
+                for line, text in enumerate((*lines, share)):
+                    weight = "normal" if text is share else "bold"
+                    put_text(axis, x + 7 + _THUMB, y + 24 + 13 * line, text, 7 * scale,
+                             ha="left", weight=weight, parse_math=False)  # fmt: skip
+        return figure
+
+    def _lay_out(self, class_id: int) -> _Layout:
         # Leaves in rows, parents in the middle of their children, like the browser.
         step, row = 170, 68
         stages = sorted(self._stages, reverse=True)
@@ -482,9 +623,14 @@ class TreePanel(Panel):
             places[link] = (column * step, (ys[0] + ys[-1]) / 2)
 
         visit(str(class_id), f"class:{class_id}")
+        return _Layout(places, edges, labels)
+
+    def _draw_tree(self, class_id: int) -> UInt8[np.ndarray, "h w 3"]:
+        places, edges, labels = self._lay_out(class_id)
         largest = max((share for *_, share in edges), default=1)
-        width = max(x for x, _ in places.values()) + step
-        sheet = Image.new("RGB", (width + 20, int(rows) + 20), "white")
+        width = max(x for x, _ in places.values()) + 170
+        height = max(y for _, y in places.values()) + 68
+        sheet = Image.new("RGB", (width + 20, int(height) + 20), "white")
         draw = ImageDraw.Draw(sheet)
         for parent, child, share in edges:
             (x0, y0), (x1, y1) = places[parent], places[child]
@@ -504,12 +650,13 @@ class TreePanel(Panel):
 
 def explore_evidence(
     net: Staged,
-    image: Picture | Float[Tensor, "3 h w"] | Float[Tensor, "1 3 h w"],
-    class_ids: int | str | Sequence[int | str] | None = None,
+    images: Picture | Sequence[Picture] | Float[Tensor, "3 h w"] | Float[Tensor, "b 3 h w"],
+    class_ids: ClassId | Sequence[ClassId] = None,
     *,
     classes: int = 5,
     stages: Sequence[int] | None = None,
     merge: float | None = None,
+    names: str | Sequence[str] | None = None,
     histograms: Histograms | None = None,
     **settings: Setting,
 ) -> TreePanel:
@@ -517,14 +664,15 @@ def explore_evidence(
 
     Args:
         net: The network, cut into stages: from ``attnviz.load_network`` or ``attnviz.staged``.
-        image: A picture (Pillow image, path, or array of height x width x 3) or a normalized
-            tensor.
+        images: A picture (Pillow image, path, or array of height x width x 3), a list of
+            pictures, or a normalized tensor.
         class_ids: The class to show, by number or name, or two to compare; the best scoring one
-            if None.
+            if None. For a list of pictures, one of these for each.
         classes: How many of the best scoring classes to offer beside `class_ids`.
         stages: Numbers of the stages to pass, 1 = shallowest; all if None.
         merge: Leave out channels that light up the same places as a stronger one, with an
             intersection over union above this; none if None. See :func:`attnviz.evidence`.
+        names: Names of the pictures; file names if None.
         histograms: For a channel ``(stage, channel)``, how often it is top evidence by class
             name; shown with the channel.
         **settings: Initial values of the panel's traits, such as ``top=4``.
@@ -535,40 +683,53 @@ def explore_evidence(
     Example:
         ``explore_evidence(net, "cat.jpg", "tabby").save_html("why.html")``
     """
-    _check_settings(settings, TreePanel)
-    if not isinstance(net, Staged):
-        raise TypeError(
-            f"expected a network from attnviz.staged or attnviz.load_network, got "
-            f"{type(net).__name__}; attnviz.staged(model) makes one"
-        )
-    if isinstance(image, Tensor) and image.ndim == 4:
-        [image] = image
-    tensor, pixels = _read(net, image)
-    tensor = tensor.to(net.device, net.dtype)
-    scores = _scores(net, tensor)
-    chosen = _choose(net, scores, class_ids, classes)
-    probabilities = net.probabilities(torch.tensor([scores]))[0].tolist()
-    if class_ids is None or isinstance(class_ids, str | Integral):
-        shown = chosen[:1]
-    else:
-        given = {net.class_id(each) for each in class_ids}
-        shown = chosen[: min(len(given), 2)]
-    settings.setdefault("class_ids", shown)
-    forward = run(net, tensor)
+    check_settings(settings, TreePanel)
+    check_network(net)
+    if isinstance(images, Tensor) and images.ndim == 3:
+        images = images[None]
+    single = isinstance(images, Tensor) and len(images) == 1
+    if single or not isinstance(images, list | tuple | Tensor):
+        images = images if single else [images]
+        class_ids = None if class_ids is None else [class_ids]
+        names = [names] if isinstance(names, str) else names
+    class_ids = [None] * len(images) if class_ids is None else class_ids
+    check_lengths(len(images), class_ids=class_ids)
+    if names is None:
+        names = [image_name(image, number) for number, image in enumerate(images, 1)]
+    tensors, pictures, entries = [], [], []
+    for image, asked in zip(images, class_ids, strict=True):
+        tensor, pixels = read_image(net, image)
+        tensor = tensor.to(net.device, net.dtype)
+        scores = class_scores(net, tensor)
+        probabilities = net.probabilities(torch.tensor([scores]))[0].tolist()
+        tensors.append(tensor)
+        pictures.append(pixels)
+        entries.append(
+            [(number, class_name(net, number), scores[number], probabilities[number])
+             for number in choose_classes(net, scores, asked, classes)]
+        )  # fmt: skip
+    index = settings.get("image_index", 0)
+    at = index if isinstance(index, int) and 0 <= index < len(images) else 0
+    asked = class_ids[at]
+    shown = 1
+    if not (asked is None or isinstance(asked, str | Integral)):
+        shown = min(len({net.class_id(each) for each in asked}), 2)
+    if "class_id" not in settings:
+        settings.setdefault("class_ids", [number for number, *_ in entries[at][:shown]])
+    forward = cache(lambda number: run(net, tensors[number]))
     panel = TreePanel(
-        pixels,
-        [(number, _class_name(net, number), scores[number], probabilities[number])
-         for number in chosen],
-        lambda number: evidence(net, forward, number, MOST, stages=stages, depth=1, merge=merge),
+        pictures,
+        entries,
+        lambda number, class_id: evidence(
+            net, forward(number), class_id, MOST, stages=stages, depth=1, merge=merge
+        ),
+        names=names,
         network=net.name,
         histograms=histograms,
         **settings,
     )  # fmt: skip
-    if "selected" not in settings and (found := panel.children()):
-        best = found[0]
-        panel.selected = f"{shown[0]}/{best.stage}:{best.channel}"
-        panel.children(panel.selected)
-        panel.opened = [*panel.opened, panel.selected]
+    if "selected" not in settings:
+        panel._open_best()
     return panel
 
 

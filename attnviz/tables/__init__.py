@@ -13,7 +13,7 @@ import torch
 
 from ..networks import data_root as find_data_root
 from ..stages import Staged
-from . import accumulation, decomposition, localization
+from . import accumulation, decomposition, defects, localization, segmentation
 from .localization import METHODS, THRESHOLDS
 from .table import Table, table_names
 
@@ -42,12 +42,17 @@ def make_table(
     Args:
         id: Number of the table; see :func:`table_names`.
         data: Where the pictures come from: the generated ``scenes``, or a folder of the data
-            root: ``ilsvrc`` or ``cub`` in chapter 3, ``voc2012`` (or ``coco``, ``cub``) in
-            chapter 4, ``ilsvrc`` or ``voc2012`` in chapter 5.
+            root: ``ilsvrc`` or ``cub`` in chapter 3, but in tables 3.9 and 3.10 ``dagm2007`` or
+            ``magnetic_tile`` (the generated ``defects`` stand in for ``scenes`` there);
+            ``voc2012`` (or ``coco``, ``cub``) in chapter 4, ``ilsvrc`` or ``voc2012`` in
+            chapter 5.
         network: In chapters 3 and 5 a name for :func:`attnviz.load_network` or a network that is
             loaded; the bundled ``scenes_fc`` or ``vgg16`` if None. In chapter 4 the name of a
-            network to train; see :func:`attnviz.networks.oaa_network`.
-        weights: See :func:`attnviz.load_network`; in chapter 4 those that trainings start from.
+            network to train; see :func:`attnviz.networks.oaa_network`. In tables 3.9 and 3.10
+            either: a network that is loaded, or the name of one to train.
+        weights: See :func:`attnviz.load_network`; in chapter 4 those that trainings start from,
+            as in tables 3.9 and 3.10, where those of ``attnviz train defect`` are taken as they
+            are.
         data_root: Folder of the data sets; see :func:`attnviz.networks.data_root`.
         limit: Take only so many pictures.
         seed: Number of the generated data set, and behind everything random.
@@ -71,9 +76,20 @@ def make_table(
             channels Score-CAM uses in each stage, those of highest variance; all if None.
             ``batch``: pictures in one forward pass.
 
+            Tables 3.9 and 3.10: ``gradient_at`` as above; ``preset``: see
+            :func:`attnviz.training.defect_config`; ``epochs``, ``repeats`` as in chapter 4.
+
             Chapter 4: ``preset``: see :func:`attnviz.training.oaa_config`; the small network of
             scenes has its own. ``epochs``: of each training. ``repeats``: trainings of each row,
             with seeds from `seed` on; of several, the mean is shown with the least and largest.
+            ``measure``: in tables 4.5 to 4.10 ``maps``, their own mIoU, or ``segmentation``, that
+            of a network trained on labels made from them, as in the thesis and in tables 4.1 to
+            4.4, 4.7, 4.12 and 3.11 to 3.13. For these: ``rule``: what is background in pseudo
+            labels, see :class:`attnviz.segment.LabelConfig`; ``segment_epochs``: of each
+            segmentation; ``workers``: processes for labels and dense CRFs.
+
+            Table 5.1: ``top``: channels for each decision of a tree; ``decisions``: at most so
+            many for each stage and picture.
 
     Returns:
         The table.
@@ -107,7 +123,7 @@ def table_options(id: str) -> tuple[str, ...]:
 
 
 def _maker(id: str) -> Callable[..., Table]:
-    for module in (localization, accumulation, decomposition):
+    for module in (localization, defects, segmentation, accumulation, decomposition):
         if id in module.TABLES:
             return module.make
     names = [name for name, _ in table_names()]

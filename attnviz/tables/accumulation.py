@@ -9,33 +9,28 @@ background where all of them lie below a threshold, the best one of the half of 
 the image is not in. The thesis' mIoU is that of a segmentation network trained on such labels.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from ..cam import resize
-from ..explain import package_versions
 from ..memory import AttentionMemory
 from ..metrics import bootstrap_interval, split_half
 from ..networks import oaa_network
-from ..training import (
-    IntegralConfig,
-    OAAConfig,
-    integral_config,
-    oaa_config,
-    train_integral,
-    train_oaa,
-)
+from ..segment.pseudo import LabelRule
+from ..training import OAAConfig, oaa_config
 from ..training.measure import masked_pairs, observe, qualities
 from ..training.oaa import Preset, opened
 from ..training.pictures import Pictures
 from ..training.runs import start_fabric
+from .segmentation import Plan, segmented_rows
+from .sources import Source, joined, trained, trained_table
 from .table import Row, Table, numbers
 
 __all__ = ["TABLES", "make"]
@@ -49,27 +44,19 @@ _RESAMPLES = 500
 # ------------------------------------------------------------------------------- what is trained
 
 
-@dataclass(frozen=True)
-class _Source:
-    # Where a row's maps come from: a training, and what of it.
-    oaa: OAAConfig
-    integral: Mapping[str, object] | None = None  # changes of the config of an integral model
-    maps: str = "accumulated"  # or "final": those of the trained network
-
-
-def _sources(id: str, config: OAAConfig) -> dict[int, _Source]:
+def _sources(id: str, config: OAAConfig) -> dict[int, Source]:
     # What stands behind each row of the thesis, by its place; rows of other papers have none.
-    def oaa(**changes: object) -> _Source:
-        return _Source(OAAConfig(**asdict(config) | changes))
+    def oaa(**changes: object) -> Source:
+        return Source(OAAConfig(**asdict(config) | changes))
 
     plain, drop = oaa(), oaa(drop="image")
-    final = _Source(plain.oaa, maps="final")
+    final = Source(plain.oaa, maps="final")
     if id == "4.5":
-        losses = [_Source(plain.oaa, {"loss": loss}, "final") for loss in ("mce", "ep", "hybrid")]
+        losses = [Source(plain.oaa, {"loss": loss}, "final") for loss in ("mce", "ep", "hybrid")]
         return dict(enumerate([final, oaa(rule="mean"), plain, *losses]))
     if id == "4.6":
         return {
-            place: _Source(plain.oaa, {"split": row["threshold"]}, "final")
+            place: Source(plain.oaa, {"split": row["threshold"]}, "final")
             for place, row in enumerate(numbers()[id]["rows"])
         }
     if id == "4.8":
@@ -78,7 +65,7 @@ def _sources(id: str, config: OAAConfig) -> dict[int, _Source]:
             for place, row in enumerate(numbers()[id]["rows"])
         }
     if id == "4.9":
-        rows = [plain, drop, oaa(drop="feature"), _Source(drop.oaa, maps="final")]
+        rows = [plain, drop, oaa(drop="feature"), Source(drop.oaa, maps="final")]
         return dict(enumerate(rows))
     if id == "4.10":  # as shares of the 30,000 steps that are the preset's
         return {
@@ -86,28 +73,6 @@ def _sources(id: str, config: OAAConfig) -> dict[int, _Source]:
             for place, row in enumerate(numbers()[id]["rows"])
         }
     return dict(enumerate([final, plain, drop]))  # 4.11, 4.13
-
-
-def _folder(cache: Path, config: OAAConfig | IntegralConfig, **also: object) -> Path:
-    facts = {key: value for key, value in asdict(config).items() if key != "run"} | also
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return cache / f"{type(config).__name__}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def _trained(
-    source: _Source, cache: Path, root: Path | None, progress: bool
-) -> tuple[Path, Path | None]:
-    # The folders of the row's trainings, which are made or finished here.
-    run = _folder(cache, source.oaa)
-    train_oaa(source.oaa, run, (run / "checkpoint.pt").is_file(), data=root, progress=progress)
-    if source.integral is None:
-        return run, None
-    changes = {"epochs": source.oaa.epochs, "seed": source.oaa.seed, **source.integral}
-    config = integral_config(run, device=source.oaa.device, **changes)
-    second = _folder(cache, config, source=run.name)
-    resume = (second / "checkpoint.pt").is_file()
-    train_integral(config, second, resume, data=root, progress=progress)
-    return run, second
 
 
 # ------------------------------------------------------------------------------ what is measured
@@ -146,7 +111,7 @@ def _mean_overlap(counts: np.ndarray) -> np.ndarray:
 
 
 def _measure(
-    source: _Source, run: Path, integral: Path | None, root: Path | None, progress: bool
+    source: Source, run: Path, integral: Path | None, root: Path | None, progress: bool
 ) -> _Measured:
     config = source.oaa
     pictures = opened(config, "train", root, False)
@@ -226,8 +191,14 @@ def make(
     preset: Preset = "thesis",
     epochs: int | None = None,
     repeats: int = 1,
+    measure: Literal["maps", "segmentation"] = "maps",
+    rule: LabelRule | None = None,
+    segment_epochs: int | None = None,
+    workers: int = 0,
 ) -> Table:
     """Makes one table of chapter 4; see :func:`attnviz.tables.make_table`."""
+    if measure not in ("maps", "segmentation"):
+        raise ValueError(f"expected `measure` in ('maps', 'segmentation'), got {measure!r}")
     if repeats < 1:
         raise ValueError(f"expected `repeats` of at least 1, got {repeats}")
     network = network or ("scenes" if data == "scenes" else "vgg16")
@@ -239,11 +210,26 @@ def make(
     )  # fmt: skip
     if id == "4.14":
         return _localization(config, root, seed, repeats, cache, progress)
+    if measure == "segmentation":
+        if "miou" not in numbers()[id]["rows"][0] or id == "4.11":
+            raise ValueError(
+                f"expected `measure` 'maps' for table {id}, got 'segmentation'; its numbers are "
+                "of maps"
+            )
+        found = segmented_rows(
+            id,
+            lambda again, name, _: {
+                (place, ""): Plan(source, name) for place, source in _sources(id, again).items()
+            },
+            config, root=root, seed=seed, cache=cache, progress=progress, repeats=repeats,
+            rule=rule, segment_epochs=segment_epochs, workers=workers,
+        )  # fmt: skip
+        return trained_table(id, config, seed, *found)
     measured: dict[int, list[_Measured]] = {}
     for repeat in range(repeats):
         again = OAAConfig(**asdict(config) | {"seed": seed + repeat})
         for place, source in _sources(id, again).items():
-            run, integral = _trained(source, cache, root, progress)
+            run, integral = trained(source, cache, root, progress)
             found = _measure(source, run, integral, root, progress)
             measured.setdefault(place, []).append(found)
     class_names = opened(config, "train", root, False).class_names
@@ -252,11 +238,7 @@ def make(
         for place, row in enumerate(numbers()[id]["rows"])
     ]
     count = len(next(iter(measured.values()))[0].image_ids)
-    return Table(
-        id=id, title=numbers()[id]["title"], data=data, network=network, preset=preset, seed=seed,
-        versions=package_versions(), n=count, rows=rows, extra=[],
-        notes=_notes(id, config, repeats), weights={"weights": "trained for this table"},
-    )  # fmt: skip
+    return trained_table(id, config, seed, count, rows, [], _notes(id, config, repeats))
 
 
 def _localization(
@@ -265,8 +247,8 @@ def _localization(
     # Table 4.14: boxes of unseen images, by the maps of the two branches of one training.
     found: list[dict] = []
     for repeat in range(repeats):
-        source = _Source(OAAConfig(**asdict(config) | {"seed": seed + repeat, "branch": True}))
-        run, _ = _trained(source, cache, root, progress)
+        source = Source(OAAConfig(**asdict(config) | {"seed": seed + repeat, "branch": True}))
+        run, _ = trained(source, cache, root, progress)
         found.append(json.loads((run / "metrics.json").read_text())["localization"])
     if not found[0] or not found[0]["cam"]["images"]:
         raise ValueError(
@@ -279,7 +261,7 @@ def _localization(
         name = names.get(str(paper.get("method")))
         parts = ("score", "low", "high")
         values = [[each[name][measure][part] for part in parts] for each in found if name]
-        return _joined(paper.get(measure), values)
+        return joined(paper.get(measure), values)
 
     rows: list[Row] = [
         {"method": row["method"]} | {measure: cells(row, measure) for measure in ("loc1", "loc5")}
@@ -291,8 +273,8 @@ def _localization(
         extra.append(
             {
                 "method": f"{name}, gt_known",
-                "loc1": _joined(None, values),
-                "loc5": _joined(None, None),
+                "loc1": joined(None, values),
+                "loc5": joined(None, None),
             }
         )
     notes = [
@@ -305,12 +287,8 @@ def _localization(
     ]
     if config.data == "scenes":
         notes.insert(0, "generated pictures: split val of scenes, those of one class")
-    return Table(
-        id="4.14", title=numbers()["4.14"]["title"], data=config.data, network=config.network,
-        preset=config.preset, seed=seed, versions=package_versions(),
-        n=found[0]["cam"]["images"], rows=rows, extra=extra, notes=notes,
-        weights={"weights": "trained for this table"},
-    )  # fmt: skip
+    count = found[0]["cam"]["images"]
+    return trained_table("4.14", config, seed, count, rows, extra, notes)
 
 
 def _row(
@@ -330,12 +308,12 @@ def _row(
         elif not isinstance(value, float) or column in ("threshold", "delta", "beta"):
             row[column] = value
             continue
-        row[column] = _joined(value, measured and [values(each) for each in measured])
+        row[column] = joined(value, measured and [values(each) for each in measured])
     if "class_mean_computed" in paper:
         for number, name in enumerate(class_names):
             if name not in paper:
                 recall = _mean_of("recall", number)
-                row[name] = _joined(None, measured and [recall(each) for each in measured])
+                row[name] = joined(None, measured and [recall(each) for each in measured])
     return row
 
 
@@ -358,19 +336,6 @@ def _mean_of(
 def _class_mean(measured: _Measured) -> tuple[float, float, float]:
     means = [np.nanmean(measured.recall[measured.classes == c]) for c in set(measured.classes)]
     return 100 * float(np.mean(means)), float("nan"), float("nan")
-
-
-def _joined(paper: object, found: Sequence[Sequence[float]] | None) -> dict[str, float | None]:
-    # One training: its value and interval over images. Several: their mean, least and largest.
-    cell = {"paper": paper, "ours": None, "low": None, "high": None}
-    if not found:
-        return cell
-    values = np.array(found, dtype=np.float64)
-    shown = values[0]
-    if len(values) > 1:
-        shown = np.array([values[:, 0].mean(), values[:, 0].min(), values[:, 0].max()])
-    rounded = [None if np.isnan(value) else round(float(value), 2) for value in shown]
-    return cell | dict(zip(("ours", "low", "high"), rounded, strict=True))
 
 
 def _notes(id: str, config: OAAConfig, repeats: int) -> list[str]:

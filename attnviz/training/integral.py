@@ -19,7 +19,7 @@ from ..files import write_whole
 from ..memory import AttentionMemory
 from ..networks import OAANetwork, oaa_network
 from ..oaa import Reduction, enhancement_loss, hybrid_loss, soft_cross_entropy
-from .loop import PRESETS, Loop, LoopConfig, new_state, optimizer_for, run_epochs
+from .loop import PRESETS, AttentionConfig, Loop, new_state, optimizer_for, run_epochs
 from .measure import (
     averages,
     grids_of,
@@ -50,7 +50,7 @@ Loss = Literal["hybrid", "mce", "ep"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntegralConfig(LoopConfig):
+class IntegralConfig(AttentionConfig):
     """Everything that a training on accumulated maps depends on; see :func:`integral_config`."""
 
     run: str

@@ -6,7 +6,7 @@ state: a run goes on after its last checkpoint to the bits it would have reached
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from .runs import (
     one_cycle,
     poly,
     step,
+    steps,
 )
 
 __all__ = [
@@ -46,9 +47,9 @@ __all__ = [
     "train_step",
 ]
 
-Schedule = Literal["one_cycle", "poly", "step"]
+Schedule = Literal["one_cycle", "poly", "step", "steps"]
 Optimizer = Literal["adamw", "sgd"]
-SCHEDULES = {"one_cycle": one_cycle, "poly": poly, "step": step}
+SCHEDULES = {"one_cycle": one_cycle, "poly": poly, "step": step, "steps": steps}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,8 @@ class LoopConfig:
     nesterov: bool = False
     """Whether it is Nesterov's."""
     schedule: Schedule = "one_cycle"
-    """``one_cycle``, ``poly`` (power 0.9) or ``step`` (a tenth in the last third)."""
+    """``one_cycle``, ``poly`` (power 0.9), ``step`` (a tenth in the last third) or ``steps`` (a
+    tenth after each third)."""
     shuffle: bool = True
     """Whether each epoch has its own order."""
     flips: bool = True
@@ -85,10 +87,6 @@ class LoopConfig:
     """Whether a view is a part of the image, half to all of each side long."""
     jitter: bool = False
     """Whether colors vary, as in the released training."""
-    measured: int = 300
-    """After each epoch, recall and noise are measured on so many training images with masks."""
-    watched: int = 6
-    """Number of image-class pairs that the player shows."""
     seed: int = 0
     """Number behind everything random."""
     device: Device = "auto"
@@ -110,7 +108,7 @@ class LoopConfig:
             self, optimizer=Optimizer, schedule=Schedule, device=Device, precision=Precision
         )
         check_counts(
-            self, epochs=1, batch_size=1, accumulate=1, measured=0, watched=1, seed=0, threads=1,
+            self, epochs=1, batch_size=1, accumulate=1, seed=0, threads=1,
             workers=1, checkpoint_steps=1, checkpoint_seconds=1,
         )  # fmt: skip
         check_rates(self, learning_rate=math.inf, weight_decay=math.inf, momentum=1)
@@ -119,6 +117,20 @@ class LoopConfig:
                 f"expected four `multipliers`, got {self.multipliers}; give those of old weights, "
                 "old biases, new weights and new biases"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(LoopConfig):
+    """What the trainings depend on whose attention is recorded."""
+
+    measured: int = 300
+    """After each epoch, recall and noise are measured on so many training images with masks."""
+    watched: int = 6
+    """Number of image-class pairs that the player shows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, measured=0, watched=1)
 
 
 _SGD = {"optimizer": "sgd", "epochs": 15, "learning_rate": 1e-3}
@@ -169,6 +181,10 @@ class Loop:
     std: Sequence[float]
     shown: bool
     """Whether to show a bar."""
+    views: Callable[..., list[Batch]] = groups
+    """Reads the views of a step, called as :func:`~attnviz.training.pictures.groups`."""
+    held: int = 1
+    """For how many steps the learning rate stays as it is."""
 
 
 def optimizer_for(
@@ -245,14 +261,15 @@ def _epoch(loop: Loop, state: dict, lesson: Lesson, bar: tqdm) -> bool:
     saved = monotonic()
     mine = [part[fabric.global_rank :: fabric.world_size].tolist() for part in parts]
     jobs = [
-        partial(groups, loop.pictures, indices, draws, config.jitter, config.accumulate)
+        partial(loop.views, loop.pictures, indices, draws, config.jitter, config.accumulate)
         for indices in mine[state["step"] :]
     ]
     loop.task.train()
     started = perf_counter()
     for views in prefetched(jobs, config.workers):
         number = state["step"]
-        rate = config.learning_rate * schedule((epoch + number / len(parts)) / config.epochs)
+        since = number - (epoch * len(parts) + number) % loop.held
+        rate = config.learning_rate * schedule((epoch + since / len(parts)) / config.epochs)
         for group in loop.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         place = (epoch, epoch * len(parts) + number)

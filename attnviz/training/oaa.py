@@ -29,7 +29,7 @@ from ..files import write_whole
 from ..memory import AttentionMemory, Rule, place
 from ..networks import OAANetwork, oaa_network
 from ..oaa import accepts, attention, drop, drop_mask, hybrid_loss
-from .loop import PRESETS, Loop, LoopConfig, new_state, optimizer_for, run_epochs
+from .loop import PRESETS, AttentionConfig, Loop, new_state, optimizer_for, run_epochs
 from .measure import (
     averages,
     grids_of,
@@ -67,7 +67,7 @@ Objects = Literal["few", "several"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OAAConfig(LoopConfig):
+class OAAConfig(AttentionConfig):
     """Everything that a training with accumulation depends on; see :func:`oaa_config`."""
 
     data: str = "scenes"

@@ -70,12 +70,12 @@ class Pictures:
     Args:
         items: The pictures.
         class_names: Names of the classes.
-        size: Length of the short side at the network's input.
+        size: Length of the short side at the network's input; None: as the files have it.
         fit: ``aspect`` keeps the ratio of the sides, ``square`` does not.
     """
 
     def __init__(
-        self, items: Sequence[Item], class_names: Sequence[str], size: int, fit: Fit
+        self, items: Sequence[Item], class_names: Sequence[str], size: int | None, fit: Fit
     ) -> None:
         self.class_names = tuple(class_names)
         self.unlabeled: list[str] = []
@@ -98,7 +98,11 @@ class Pictures:
                 continue
             # a square picture stays one, whatever network_size rounds long sides to
             square = fit == "square" or height == width
-            self.sizes.append((size, size) if square else network_size((height, width), size))
+            if size is None:
+                self.sizes.append((height, width))
+            else:
+                fitted = (size, size) if square else network_size((height, width), size)
+                self.sizes.append(fitted)
             self._items.append(item)
             self.image_ids.append(item.image_id)
             self.class_ids.append(classes)
@@ -167,9 +171,9 @@ def _classes(item: Item) -> tuple[int, ...]:
 
 def open_pictures(
     data: str,
-    split: Literal["train", "validation"],
+    split: Literal["train", "validation", "test"],
     *,
-    size: int,
+    size: int | None,
     fit: Fit = "aspect",
     count: int = 1000,
     limit: int | None = None,
@@ -182,7 +186,8 @@ def open_pictures(
 
     Args:
         data: ``scenes``, ``voc2012``, ``coco``, ``cub``, or a folder of labeled pictures.
-        split: What is learned from, or what is never seen; a folder has no ``validation``.
+        split: What is learned from, or what is never seen; a folder has no ``validation``, and
+            only ``scenes`` have a ``test`` beside it.
         size: See :class:`Pictures`.
         fit: See :class:`Pictures`.
         count: How many scenes are drawn.
@@ -193,7 +198,7 @@ def open_pictures(
         progress: Show a progress bar.
 
     Returns:
-        The pictures; None where the data set has none to validate on.
+        The pictures; None where the data set has no such part.
 
     Raises:
         FileNotFoundError: The data set is not there.
@@ -202,10 +207,12 @@ def open_pictures(
     train = split == "train"
     if data == "scenes":
         count = min(count, limit or count)
-        items = _draw("train" if train else "val", count, seed, size, objects, progress)
+        drawn = Scenes().size if size is None else size
+        part = "val" if split == "validation" else split
+        items = _draw(part, count, seed, drawn, objects, progress)
         names = Scenes.class_names
     else:
-        source = _open(data, train, data_root(root), progress)
+        source = None if split == "test" else _open(data, train, data_root(root), progress)
         if source is None:
             return None
         chosen = min(limit or len(source), len(source))
@@ -278,6 +285,8 @@ class Draws:
     """The drop layer's r of algorithm 1."""
     colors: Float[Tensor, "n 4"]
     """Changes of brightness, contrast, saturation and hue, from -1 to 1."""
+    shares: Float[Tensor, "n 3"]
+    """From 0 to 1: the size, top and left of a crop of the picture, enlarged or reduced."""
 
     @classmethod
     def of(
@@ -296,6 +305,7 @@ class Draws:
             boxes if crops else torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(count, 4),
             draws[:, 4],
             draws[:, 5:9] * 2 - 1,
+            torch.rand(count, 3, generator=generator),
         )
 
 

@@ -33,7 +33,7 @@ __all__ = [
     "Device", "Precision", "RunConfig", "alone", "batches", "check_choices", "check_counts",
     "check_rates", "csv_bytes", "epoch_seed", "json_bytes", "network_bytes", "normalized",
     "one_cycle", "open_run", "poly", "reproducible", "resolved", "save_run", "start_fabric",
-    "step", "table", "together",
+    "step", "steps", "table", "together",
 ]  # fmt: skip
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -119,6 +119,11 @@ def poly(progress: float) -> float:
 def step(progress: float) -> float:
     """Returns the learning rate as a share of the first: a tenth in the last third."""
     return 1.0 if progress < 2 / 3 else 0.1
+
+
+def steps(progress: float) -> float:
+    """Returns the learning rate as a share of the first: a tenth after each third."""
+    return 0.1 ** sum(progress >= share for share in (1 / 3, 2 / 3))
 
 
 # ------------------------------------------------------------------------------- random, batches

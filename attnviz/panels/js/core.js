@@ -144,13 +144,13 @@ export function overlay(pixels, map, peak, colors, opacity, target) {
     for (let c = 0; c < 3; c++) color[3 * level + c] = weight * colors[3 * level + c] + 0.5;
   }
   const factor = peak > 0 ? 255 / peak : 0;
+  const words = new Uint32Array(target.buffer, target.byteOffset, map.length); // RGBA at once
   for (let i = 0, p = 0; i < map.length; i++, p += 4) {
     const level = (map[i] * factor + 0.5) | 0;
     const kept = keep[level];
-    target[p] = (kept * pixels[p] + color[3 * level]) | 0;
-    target[p + 1] = (kept * pixels[p + 1] + color[3 * level + 1]) | 0;
-    target[p + 2] = (kept * pixels[p + 2] + color[3 * level + 2]) | 0;
-    target[p + 3] = 255;
+    const at = 3 * level;
+    words[i] = (kept * pixels[p] + color[at]) | ((kept * pixels[p + 1] + color[at + 1]) << 8) |
+      ((kept * pixels[p + 2] + color[at + 2]) << 16) | 0xff000000;
   }
 }
 
@@ -178,7 +178,7 @@ export async function decode(view, mime, [height, width]) {
 
 /** Makes an element; attributes that begin with "on" are listeners, null ones are left out. */
 export function element(name, attributes = {}, ...children) {
-  const svg = ["svg", "rect", "path", "circle", "text"].includes(name);
+  const svg = ["svg", "g", "rect", "path", "circle", "text", "image"].includes(name);
   const made = svg
     ? document.createElementNS("http://www.w3.org/2000/svg", name)
     : document.createElement(name);
@@ -269,6 +269,200 @@ export function settings(model, names, redraw) {
     stop() {
       send();
       for (const [event, listener] of heard) model.off(event, listener);
+    },
+  };
+}
+
+/** A color table as the background of a slider or a legend. */
+export function rampOf(table) {
+  const stops = Array.from({ length: 17 }, (_, k) => {
+    const at = 3 * Math.round((k * 255) / 16);
+    return `rgb(${table[at]} ${table[at + 1]} ${table[at + 2]})`;
+  });
+  return `linear-gradient(to right, ${stops.join(", ")})`;
+}
+
+// ----------------------------------------------------------------------- figures for a paper
+
+const SHARPNESS = 2; // pixels of a saved picture for one of the page
+export const FIGURE_FONT = "system-ui, 'DejaVu Sans', sans-serif";
+
+/** Text in a figure. */
+export function figureText(text, x, y, { size = 13, weight = null, fill = "#1f2328", anchor = null } = {}) {
+  const node = element("text", {
+    x, y, fill, "font-size": size, "font-weight": weight, "text-anchor": anchor,
+  });
+  node.textContent = text;
+  return node;
+}
+
+/** Text in a figure, in as many lines as the width takes; returns them and their height. */
+export function figureLines(text, x, y, width, look = {}) {
+  const size = look.size ?? 13;
+  const pen = element("canvas").getContext("2d");
+  pen.font = `${look.weight ?? 400} ${size}px ${FIGURE_FONT}`;
+  const lines = [""];
+  for (const word of text.split(" ")) {
+    const longer = `${lines.at(-1)} ${word}`.trim();
+    if (lines.at(-1) && pen.measureText(longer).width > width) lines.push(word);
+    else lines[lines.length - 1] = longer;
+  }
+  const step = Math.round(size * 1.4);
+  const nodes = lines.map((line, k) => figureText(line, x, y + size + k * step, look));
+  return { nodes, height: lines.length * step };
+}
+
+/** What is on a canvas, or on several one over the other, as a part of a figure. */
+export function figureImage(canvases, x, y, width, height) {
+  const [first] = canvases;
+  const joined = element("canvas");
+  [joined.width, joined.height] = [first.width, first.height];
+  const context = joined.getContext("2d");
+  for (const canvas of canvases) context.drawImage(canvas, 0, 0, first.width, first.height);
+  return element("image", {
+    href: joined.toDataURL("image/png"), x, y, width, height, preserveAspectRatio: "none",
+  });
+}
+
+/** A box or a path of a panel's picture as a part of a figure: a dark halo, then the line. */
+export function figureLine(shape, color, { width = 2, dash = null } = {}) {
+  return [["#000", width + 1.6, 0.55, null], [color, width, 1, dash]].map(
+    ([stroke, thick, opacity, dashes]) => {
+      const node = shape.cloneNode();
+      for (const name of ["class", "style"]) node.removeAttribute(name);
+      const look = { fill: "none", stroke, "stroke-width": thick, "stroke-opacity": opacity,
+        "stroke-dasharray": dashes, "vector-effect": "non-scaling-stroke" };
+      for (const [name, value] of Object.entries(look))
+        if (value !== null) node.setAttribute(name, value);
+      return node;
+    });
+}
+
+/** A figure on white, of parts that are placed in its pixels. */
+export function figureOf(width, height, ...parts) {
+  return element(
+    "svg",
+    { width, height, viewBox: `0 0 ${width} ${height}`, "font-family": FIGURE_FONT },
+    element("rect", { width, height, fill: "#fff" }), ...parts.flat(Infinity),
+  );
+}
+
+async function toPng(svg) {
+  const image = new Image();
+  image.src = URL.createObjectURL(toFile(svg));
+  try {
+    await image.decode();
+  } finally {
+    URL.revokeObjectURL(image.src);
+  }
+  const canvas = element("canvas");
+  canvas.width = Math.round(svg.getAttribute("width") * SHARPNESS);
+  canvas.height = Math.round(svg.getAttribute("height") * SHARPNESS);
+  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+}
+
+function toFile(svg) {
+  return new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" });
+}
+
+function saveFile(blob, name) {
+  const address = URL.createObjectURL(blob);
+  element("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+}
+
+/**
+ * The end of a panel's header: what copies or saves the view as a figure, and the keys.
+ * `figure` makes an SVG element of the view and `name` a file name without its ending.
+ */
+export function headEnd(root, { keys, figure, name, before = [] }) {
+  const said = element("p", { class: "attnviz-said", role: "status" });
+  const act = (text, work, done) => element(
+    "button",
+    { type: "button", class: "attnviz-button", onclick: async () => {
+      try {
+        await work();
+        said.textContent = done;
+      } catch (error) {
+        said.textContent = `Not done: ${error.message}`;
+      }
+    } },
+    text,
+  );
+  const copy = async () => {
+    if (!navigator.clipboard?.write) throw new Error("this page may not copy; save it instead");
+    const item = new ClipboardItem({ "image/png": toPng(figure()) });
+    await navigator.clipboard.write([item]).catch(() => {
+      throw new Error("the browser refuses to copy; save it instead");
+    });
+  };
+  const menu = element(
+    "div", { class: "attnviz-popup attnviz-menu", hidden: true, role: "group",
+      "aria-label": "What is on screen as a figure" },
+    element("div", { class: "attnviz-menu-row" },
+      act("Copy PNG", copy, "Copied."),
+      act("Save PNG", async () => saveFile(await toPng(figure()), `${name()}.png`), "Saved as PNG."),
+      act("Save SVG", () => saveFile(toFile(figure()), `${name()}.svg`), "Saved as SVG.")),
+    said,
+  );
+  const list = element("dl", { class: "attnviz-popup attnviz-keys", hidden: true }, ...keys.map(
+    ([key, text]) => element("div", {}, element("dt", {}, key), element("dd", {}, text))));
+  const opener = (popup, text, label) => {
+    const button = element("button", { type: "button", class: "attnviz-button", title: label,
+      "aria-label": label, "aria-expanded": "false", onclick: () => toggle(popup) }, text);
+    return button;
+  };
+  const popups = new Map([
+    [menu, opener(menu, "Figure", "Copy or save as a figure")], [list, opener(list, "?", "Keys")],
+  ]);
+  function toggle(popup, open = popup.hidden) {
+    for (const [other, button] of popups) {
+      other.hidden = other !== popup || !open;
+      button.setAttribute("aria-expanded", String(!other.hidden));
+    }
+    said.textContent = "";
+  }
+  root.addEventListener("pointerdown", (event) => {
+    const inside = [...popups].flat().some((part) => part.contains(event.target));
+    if (!inside) toggle(null, false);
+  });
+  root.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const typing = event.target.matches("input[type=text]");
+    if (event.key === "?" && !typing) toggle(list);
+    else if (event.key === "Escape" && [...popups.keys()].some(({ hidden }) => !hidden)) {
+      const [, button] = [...popups].find(([popup]) => !popup.hidden);
+      toggle(null, false);
+      button.focus();
+    } else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  return element(
+    "span", { class: "attnviz-end" }, ...before, ...popups.values(), ...popups.keys(),
+  );
+}
+
+/** A file name for what is on screen. */
+export function fileName(...parts) {
+  return parts.join(" ").toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "")
+    .slice(0, 80) || "figure";
+}
+
+/** What a panel's module gives to the notebook or the page; what fails is said in the panel. */
+export function drawnBy(build) {
+  return {
+    render({ model, el }) {
+      try {
+        return build(model, el);
+      } catch (error) {
+        const problem = { class: "attnviz-panel attnviz-error", role: "alert" };
+        el.replaceChildren(
+          element("div", problem, `The panel can't be drawn: ${error.message}`),
+        );
+        return undefined;
+      }
     },
   };
 }

@@ -12,6 +12,13 @@ const METHODS = {
 };
 const SCALINGS = [["tanh", "tanh(γx)"], ["none", "x"], ["sqrt", "√x"], ["tan", "tan x"]];
 const SCALED = [["shallow", "all but deepest"], ["all", "all"], ["none", "none"]];
+const KEYS = [
+  ["1 2 3 …", "add or drop a stage"], ["P", "next picture"], ["C", "next class"],
+  ["M", "next method"], ["O", "original beside"],
+  ["← → ↑ ↓", "on the picture: move the point; Shift: 16 pixels"],
+  ["Tab", "next control; arrows change it"], ["?", "these keys"],
+];
+const FOUND = "#00e5ff";
 const THUMB = 112;
 
 /** Whether a stage is scaled before fusion: Eq. 3.9 leaves the deepest one selected as it is. */
@@ -118,12 +125,17 @@ function build(model, el) {
     figure.classList.toggle("attnviz-pair", pair.checked);
     redraw();
   });
+  const root = element("div", { class: "attnviz-panel" });
+  const end = headEnd(root, {
+    keys: KEYS, figure: makeFigure,
+    name: () => fileName(values.get("method"), shown?.entry.name ?? "", shown?.picture.name ?? ""),
+  });
   const head = element(
     "div", { class: "attnviz-head" },
     element("span", { class: "attnviz-title" }, data.network || "LayerCAM"),
     pictures.length > 1 ? picturePicker.row : null,
     methodPicker.row,
-    element("label", { class: "attnviz-check" }, pair, "Original beside"),
+    element("label", { class: "attnviz-check" }, pair, "Original beside"), end,
   );
 
   const group = Math.random().toString(36).slice(2);
@@ -164,10 +176,7 @@ function build(model, el) {
     section("Overlay", element("div", { class: "attnviz-row" }, opacity.row, palette.row)),
   );
   const problem = element("div", { class: "attnviz-error", role: "alert", hidden: true });
-  const root = element(
-    "div", { class: "attnviz-panel" }, problem, head,
-    element("div", { class: "attnviz-body" }, figure, controls),
-  );
+  root.append(problem, head, element("div", { class: "attnviz-body" }, figure, controls));
   // room for the tallest picture and the longest list, so that nothing moves later
   root.style.setProperty(
     "--ratio", Math.min(...pictures.map(({ width, height }) => width / height)),
@@ -175,10 +184,29 @@ function build(model, el) {
   root.style.setProperty("--rows", Math.max(...pictures.map(({ classes }) => classes.length)));
   el.replaceChildren(root);
   root.addEventListener("change", values.send); // a control was let go
+  root.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
+    const nextOf = (list, value) => list[(list.indexOf(value) + 1) % list.length];
+    const index = values.get("image_index");
+    const acts = {
+      p: () => choosePicture((index + 1) % pictures.length),
+      c: () => values.set({ class_id:
+        nextOf(pictures[index].classes.map(({ id }) => id), classOf(pictures[index]).id) }),
+      m: () => values.set({ method: nextOf(data.methods, values.get("method")) }),
+      o: () => pair.click(),
+    };
+    const stage = Number(event.key);
+    const act = acts[event.key.toLowerCase()]
+      ?? (stage >= 1 && stage <= depth ? () => toggle(stage) : null);
+    if (!act) return;
+    event.preventDefault();
+    act();
+  });
 
   // ------------------------------------------------------------------------------- behaviour
   function fail(error) {
     shown = null;
+    root.classList.remove("attnviz-loading");
     canvas.width = original.width = 0; // not the picture before
     canvas.setAttribute("aria-label", "nothing drawn");
     for (const part of [boxes, boxesBeside, verdict, readout]) part.replaceChildren();
@@ -253,6 +281,7 @@ function build(model, el) {
       });
     }
     const loaded = ready.get(index);
+    root.classList.toggle("attnviz-loading", !loaded);
     if (loaded?.error) throw loaded.error;
     const entry = classOf(picture);
     updateControls(index, picture, entry);
@@ -354,12 +383,7 @@ function build(model, el) {
   function paintRamp(name) {
     if (listed.get("palette") === name) return;
     listed.set("palette", name);
-    const table = palettes[name];
-    const stops = Array.from({ length: 17 }, (_, k) => {
-      const at = 3 * Math.round((k * 255) / 16);
-      return `rgb(${table[at]} ${table[at + 1]} ${table[at + 2]})`;
-    });
-    root.style.setProperty("--ramp", `linear-gradient(to right, ${stops.join(", ")})`);
+    root.style.setProperty("--ramp", rampOf(palettes[name]));
   }
 
   function drawBoxes(picture, box) {
@@ -398,6 +422,56 @@ function build(model, el) {
 
   function describe(text) {
     if (canvas.getAttribute("aria-label") !== text) canvas.setAttribute("aria-label", text);
+  }
+
+  // ----------------------------------------------------------------- the view for a paper
+  function makeFigure() {
+    if (!shown) throw new Error("nothing is drawn yet");
+    const { picture, state, entry, box } = shown;
+    const [side, gap] = [448, 12];
+    const fit = side / Math.max(picture.width, picture.height);
+    const [width, height] = [picture.width * fit, picture.height * fit];
+    const across = width / picture.fullWidth;
+    const down = height / picture.fullHeight;
+    const rect = ([x0, y0, x1, y1], x) => element("rect", {
+      x: x + x0 * across, y: gap + y0 * down, width: (x1 - x0) * across, height: (y1 - y0) * down,
+    });
+    const found = box && box.map((value, k) =>
+      value * (k % 2 ? picture.fullHeight / picture.height : picture.fullWidth / picture.width));
+    const shownCanvases = pair.checked ? [original, canvas] : [canvas];
+    const wide = gap + shownCanvases.length * (width + gap);
+    const parts = shownCanvases.flatMap((each, k) => {
+      const x = gap + k * (width + gap);
+      return [
+        figureImage([each], x, gap, width, height),
+        picture.boxes.map((truth) => figureLine(rect(truth, x), "#fff", { dash: "7 5" })),
+        found ? figureLine(rect(found, x), FOUND) : [],
+      ];
+    });
+    const scaling = SCALINGS.find(([name]) => name === state.scaling)[1]
+      .replace("γ", `${state.gamma.toFixed(1)} `);
+    const bent = state.stages.some((stage) => isScaled(stage, state.stages, state.scaled));
+    const words = `${METHODS[state.method] ?? state.method} of ${entry.name}, ` +
+      (state.stages.length > 1 ? "stages " : "stage ") + (state.stages.join(", ") || "none") +
+      (bent ? `, ${scaling}` : "");
+    let y = height + 2 * gap;
+    const caption = figureLines(words, gap, y, wide - 2 * gap, { weight: 600 });
+    y += caption.height;
+    const said = figureLines([...verdict.children].map(({ textContent }) => textContent).join(", "), gap, y, wide - 2 * gap);
+    y += said.height + gap / 2;
+    const scale = element("canvas");
+    [scale.width, scale.height] = [256, 1];
+    const row = new ImageData(256, 1);
+    const table = palettes[state.palette];
+    for (let i = 0; i < 1024; i++)
+      row.data[i] = i % 4 === 3 ? 255 : table[3 * (i >> 2) + (i % 4)];
+    scale.getContext("2d").putImageData(row, 0, 0);
+    const mark = gap + state.threshold * (wide - 2 * gap);
+    return figureOf(wide, y + 34, parts, caption.nodes, said.nodes,
+      figureImage([scale], gap, y, wide - 2 * gap, 10),
+      figureLine(element("path", { d: `M${mark} ${y - 2}v14` }), "#fff"),
+      figureText("0", gap, y + 25, { size: 11 }),
+      figureText("maximum of the map", wide - gap, y + 25, { size: 11, anchor: "end" }));
   }
 
   // ------------------------------------------------------------- the values under the pointer
@@ -505,14 +579,4 @@ export function shrink(pixels, [height, width], [rows, columns]) {
   return Uint8ClampedArray.from(sums, (sum, i) => sum / counts[i >> 2]);
 }
 
-function render({ model, el }) {
-  try {
-    return build(model, el);
-  } catch (error) {
-    const text = `The panel can't be drawn: ${error.message}`;
-    el.replaceChildren(element("div", { class: "attnviz-panel attnviz-error", role: "alert" }, text));
-    return undefined;
-  }
-}
-
-export default { render };
+export default drawnBy(build);

@@ -18,6 +18,7 @@ const ICONS = {
   last: "M12 3v10M3 3l7 5-7 5z",
 };
 const NEW_COLOR = [0, 229, 255];
+const TONES = ["#b35900", "#0b63b0", "#00754f", "#a03a7e", "#6a5acd", "#5f6670"]; // on white
 const NEW_SHARE = 0.6;
 const CACHED = 32e6; // bytes of levels kept for a picture
 const [LEFT, RIGHT, TOP, BOTTOM, HEIGHT] = [40, 12, 8, 20, 148];
@@ -212,19 +213,22 @@ function build(model, el) {
     "Picture", pictures.map(({ name }, index) => [index, name]), (x) => choosePicture(Number(x)),
   );
   const classPicker = choice("Class", [], (x) => values.set({ class_id: Number(x) }));
+  const names = pictures.flatMap(({ classes }) => classes.map(({ name }) => name.length));
+  classPicker.list.style.width = `${Math.min(Math.max(...names), 24) + 4}ch`; // one for all
   const status = element("span", { class: "attnviz-status", role: "status" });
   const stop = element("button", { type: "button", class: "attnviz-button attnviz-stop",
     onclick: () => { values.set({ stopping: true }); values.send(); } }, "Stop training");
-  const keys = element("dl", { class: "attnviz-keys", hidden: true },
-    ...KEYS.map(([key, text]) =>
-      element("div", {}, element("dt", {}, key), element("dd", {}, text))));
-  const help = element("button", { type: "button", class: "attnviz-button", title: "Keys (?)",
-    "aria-label": "Keys", "aria-expanded": "false", onclick: () => toggleHelp() }, "?");
+  const root = element("div", { class: "attnviz-panel attnviz-player" });
+  const end = headEnd(root, {
+    keys: KEYS, figure: makeFigure, before: [status, stop],
+    name: () => fileName(shown?.entry.name ?? "", shown?.picture.name ?? "", "epoch",
+      values.get("epoch")),
+  });
   const head = element(
     "div", { class: "attnviz-head" },
     element("span", { class: "attnviz-title" }, data.title),
     pictures.length > 1 ? picturePicker.row : null, classPicker.row,
-    element("span", { class: "attnviz-end" }, status, stop, help, keys),
+    end,
   );
 
   const write = (node, text) => { // unchanged text costs no layout
@@ -328,10 +332,7 @@ function build(model, el) {
   );
   const problem = element("div", { class: "attnviz-error", role: "alert", hidden: true });
   const skipped = element("div", { class: "attnviz-error", hidden: true });
-  const root = element(
-    "div", { class: "attnviz-panel attnviz-player" }, problem, skipped, head, stage, readout,
-    transport, timeline, controls,
-  );
+  root.append(problem, skipped, head, stage, readout, transport, timeline, controls);
   root.style.setProperty(
     "--ratio", Math.min(...pictures.map(({ width, height }) => width / height)),
   );
@@ -396,11 +397,6 @@ function build(model, el) {
     values.set({ speed: value });
   }
 
-  function toggleHelp(open = keys.hidden) {
-    keys.hidden = !open;
-    help.setAttribute("aria-expanded", String(open));
-  }
-
   root.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const { target, key } = event;
@@ -425,16 +421,11 @@ function build(model, el) {
         const ids = pictures[values.get("image_index")].classes.map(({ id }) => id);
         values.set({ class_id: nextOf(ids, values.get("class_id")) });
       },
-      "?": () => toggleHelp(),
-      Escape: () => toggleHelp(false),
     };
     const act = (other ? null : moves[key]) ?? anywhere[key.length > 1 ? key : key.toLowerCase()];
     if (!act || (target.tagName === "BUTTON" && key === " ")) return;
     event.preventDefault();
     act();
-  });
-  root.addEventListener("pointerdown", (event) => {
-    if (!keys.hidden && !keys.contains(event.target) && event.target !== help) toggleHelp(false);
   });
   const scrubAt = (event) => {
     if (!chart) return;
@@ -563,6 +554,7 @@ function build(model, el) {
 
   function fail(error) {
     shown = playing = null;
+    root.classList.remove("attnviz-loading");
     for (const column of [plain, ...columns]) {
       column.canvas.width = column.below.width = 0; // not the picture before
       column.canvas.removeAttribute("aria-label");
@@ -595,6 +587,7 @@ function build(model, el) {
         redraw();
       });
     }
+    root.classList.toggle("attnviz-loading", !loaded.pixels);
     if (loaded.error) throw loaded.error;
     const entry = entryOf(picture);
     updateControls(index, picture, entry);
@@ -700,7 +693,7 @@ function build(model, el) {
     const { loaded, k, at, look, entry } = shown;
     const column = columns[number];
     const share = here < 0 ? {} : rates(countsOf(loaded, k, number, here), look.threshold);
-    const kinds = entry.masked ? ["recall", "noise"] : ["found"];
+    const kinds = kindsOf(entry);
     for (const [kind, { row, value }] of Object.entries(column.shares)) {
       row.hidden = !kinds.includes(kind);
       write(value, percent(share[kind]));
@@ -898,13 +891,69 @@ function build(model, el) {
   function paintRamp(name) {
     if (listed.get("palette") === name) return;
     listed.set("palette", name);
-    const table = palettes[name];
-    const stops = Array.from({ length: 17 }, (_, k) => {
-      const at = 3 * Math.round((k * 255) / 16);
-      return `rgb(${table[at]} ${table[at + 1]} ${table[at + 2]})`;
-    });
-    root.style.setProperty("--ramp", `linear-gradient(to right, ${stops.join(", ")})`);
+    root.style.setProperty("--ramp", rampOf(palettes[name]));
   }
+
+  // ----------------------------------------------------------------- the view for a paper
+  function makeFigure() {
+    if (!shown || !chart) throw new Error("nothing is drawn yet");
+    const { picture, entry, loaded, k, at, look } = shown;
+    const [cell, gap] = [224, 12];
+    const fit = cell / Math.max(picture.width, picture.height);
+    const [width, height] = [picture.width * fit, picture.height * fit];
+    const step = Math.max(width, 168) + gap;
+    const all = [plain, ...columns];
+    const wide = gap + all.length * step;
+    const top = 46;
+    const epoch = at < 0 ? "no epoch yet" : `epoch ${loaded.frames.epochs[at]}`;
+    const line = (d, x, color, thick) => figureLine(element("path", {
+      d, transform: `translate(${x} ${top}) scale(${fit})`,
+    }), color, { width: thick });
+    const parts = all.map((column, n) => {
+      const x = gap + n * step;
+      const name = n ? series[n - 1].name : entry.name;
+      return [
+        n ? element("rect", { x, y: 29, width: 10, height: 10, rx: 3, fill: TONES[n - 1] }) : [],
+        figureText(name, x + (n ? 15 : 0), 39, { weight: 600 }),
+        figureImage(n ? [column.below, column.canvas] : [column.below], x, top, width, height),
+        look.truth && loaded.masks[k] ? line(loaded.masks[k].path, x, "#fff", 1.6) : [],
+        column.paths["attnviz-contour"]?.d
+          ? line(column.paths["attnviz-contour"].d, x, "#00e5ff", 1.6) : [],
+        figureText(n ? kindsOf(entry).map((kind) =>
+          `${kind} ${column.shares[kind].value.textContent}`).join(" · ") : "",
+          x, top + height + 16, { size: 12, fill: "#59606a" }),
+      ];
+    });
+    const y = top + height + 34;
+    const { width: drawn } = curves.viewBox.baseVal;
+    const scale = (wide - 2 * gap) / drawn;
+    const dress = (node) => {
+      const made = node.cloneNode(true);
+      const tone = TONES[Number(/tone-(\d)/.exec(node.getAttribute("style") ?? "")?.[1] ?? 1) - 1];
+      const hidden = node.style.display === "none";
+      for (const name of ["class", "style"]) made.removeAttribute(name);
+      const looks = {
+        "attnviz-grid": { stroke: "#d8dce2", fill: "none" },
+        "attnviz-line": { stroke: tone, fill: "none", "stroke-width": 2 },
+        "attnviz-noise": { "stroke-width": 1.5, "stroke-dasharray": "4 3" },
+        "attnviz-dot": { fill: tone, stroke: "#fff", "stroke-width": 2 },
+      };
+      if (node.tagName === "text") Object.assign(looks, { text: { fill: "#59606a", "font-size": 11 } });
+      for (const name of [...node.classList, node.tagName])
+        for (const [key, value] of Object.entries(looks[name] ?? {})) made.setAttribute(key, value);
+      return hidden ? [] : made;
+    };
+    const cursorAt = at < 0 ? [] : element("path", { stroke: "#1f2328", "stroke-width": 1.5,
+      d: `M${chart.x(loaded.frames.epochs[at])} ${TOP}V${HEIGHT - BOTTOM}` });
+    const words = `${chart.kinds.join(" (solid) and ")}${chart.kinds[1] ? " (dashed)" : ""} by epoch`;
+    return figureOf(wide, y + HEIGHT * scale + 8, parts,
+      figureText(`${data.title}, ${picture.name}, ${epoch}`, gap, 20, { weight: 600 }),
+      element("g", { transform: `translate(${gap} ${y}) scale(${scale})` },
+        ...[...curves.children].flatMap(dress), ...[cursorAt].flat()),
+      figureText(words, wide - gap, y, { size: 11, anchor: "end", fill: "#59606a" }));
+  }
+
+  const kindsOf = (entry) => (entry.masked ? ["recall", "noise"] : ["found"]);
 
   function sayLines() {
     const key = (name, text) => element("span", { class: "attnviz-key" },
@@ -952,15 +1001,4 @@ function build(model, el) {
   };
 }
 
-function render({ model, el }) {
-  try {
-    return build(model, el);
-  } catch (error) {
-    const text = `The panel can't be drawn: ${error.message}`;
-    const problem = { class: "attnviz-panel attnviz-error", role: "alert" };
-    el.replaceChildren(element("div", problem, text));
-    return undefined;
-  }
-}
-
-export default { render };
+export default drawnBy(build);

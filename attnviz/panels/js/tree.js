@@ -1,5 +1,6 @@
 // The evidence explorer: a tree of channels that grows on click. Joined behind core.js.
 
+const ACCENT = "#1264c4"; // of a figure, on white
 const THUMB = 56; // side of a node's picture, in pixels of the page
 const CARD = { width: 122, height: 60 };
 const CLASS_WIDTH = 164; // the class has a longer name
@@ -8,6 +9,18 @@ const ROW = 70;
 const SHARP = 2; // pixels drawn for one pixel of the page
 const ZOOM = [0.25, 2];
 const READABLE = [0.7, 1]; // zoom at first
+const KEYS = [
+  ["← →", "parent; open, then first channel"],
+  ["↑ ↓", "channel above, below"],
+  ["Home End", "class, last channel of the column"],
+  ["Enter", "open or close"],
+  ["*", "open all channels of the column"],
+  ["+ − 0", "zoom, fit"],
+  ["C", "crop to receptive field"],
+  ["Tab", "other class, link, settings"],
+  ["drag", "move; Ctrl and wheel zooms"],
+  ["?", "these keys"],
+];
 const PATIENCE = 20_000; // milliseconds until a silent kernel is reported
 
 /** A link such as "208/5:112/4:57" as its class and its channels, or null if it is none. */
@@ -236,7 +249,7 @@ function makeLine(model, data, store, heard) {
     else request.resolve();
   };
   const listen = async (content, buffers) => {
-    if (content.packet) {
+    if (content.packet?.picture === data.index) { // not one of the picture before
       const packet = { ...content.packet, maps: buffers[0] };
       packet.sketches = (packet.sketches ?? []).map((id, k) => [id, buffers[k + 1]]);
       if (!data.packets.some((known) => known.number === packet.number)) data.packets.push(packet);
@@ -287,7 +300,7 @@ function build(model, el) {
   const redraw = () => (frame ||= requestAnimationFrame(draw));
   const values = settings(
     model,
-    ["class_ids", "selected", "opened", "top", "last_stage", "cropped", "opacity", "palette"],
+    ["image_index", "class_ids", "class_id", "selected", "opened", "top", "last_stage", "cropped", "opacity", "palette"],
     redraw,
   );
   const store = makeStore(data);
@@ -301,14 +314,22 @@ function build(model, el) {
       ? className(entry) : `${className(entry)} · ${percent(entry.probability)}`,
   ]);
   const classPicker = choice("Class", classOptions, (id) => showClasses(0, Number(id)));
+  const picturePicker = choice("Picture", data.pictures.map((name, index) => [index, name]),
+    (index) => {
+      values.set({ image_index: Number(index) });
+      values.send();
+    });
   const otherPicker = choice("Compare with", [["", "no other class"], ...classOptions],
     (id) => showClasses(1, id === "" ? null : Number(id)));
-  const help = element("button", { type: "button", class: "attnviz-button", title: "Keys",
-    "aria-label": "Keyboard help", "aria-expanded": "false", onclick: () => toggleKeys() }, "?");
+  const root = element("div", { class: "attnviz-panel attnviz-evidence" });
+  const end = headEnd(root, {
+    keys: KEYS, figure: makeFigure, name: () => fileName("evidence", values.get("selected")),
+  });
   const head = element(
     "div", { class: "attnviz-head attnviz-tree-head" },
     element("span", { class: "attnviz-title" }, data.network || "Evidence"),
-    classPicker.row, data.classes.length > 1 ? otherPicker.row : null, help,
+    data.pictures.length > 1 ? picturePicker.row : null,
+    classPicker.row, data.classes.length > 1 ? otherPicker.row : null, end,
   );
   const top = slider("Top", { min: 1, max: data.most, step: 1, show: String,
     onset: (n) => values.set({ top: n }) });
@@ -326,18 +347,6 @@ function build(model, el) {
     element("label", { class: "attnviz-check" }, cropped, "Crop to receptive field"),
     opacity.row, palette.row,
   );
-  const keys = element("dl", { class: "attnviz-keys", hidden: true }, ...[
-    ["← →", "parent; open, then first channel"],
-    ["↑ ↓", "channel above, below"],
-    ["Home End", "class, last channel of the column"],
-    ["Enter", "open or close"],
-    ["*", "open all channels of the column"],
-    ["+ − 0", "zoom, fit"],
-    ["c", "crop to receptive field"],
-    ["Tab", "other class, link, settings"],
-    ["drag", "move; Ctrl and wheel zooms"],
-  ].map(([key, text]) => element("div", {}, element("dt", {}, key), element("dd", {}, text))));
-
   const groves = [0, 1].map((side) => makeGrove(side));
   const status = element("div", { class: "attnviz-readout attnviz-told", "aria-live": "polite" });
   const edgeKeys = [0.1, 0.5, 1].map((part) => {
@@ -359,12 +368,17 @@ function build(model, el) {
     "div", { class: "attnviz-tree-body" },
     element("div", { class: "attnviz-forest" }, forest, status, legend), detail.box,
   );
-  const root = element(
-    "div", { class: "attnviz-panel attnviz-evidence" }, problem, head, tools, keys, body,
-  );
+  root.append(problem, head, tools, body);
+  root.classList.add("attnviz-loading");
   el.replaceChildren(root);
   root.addEventListener("change", values.send);
-  root.addEventListener("keydown", onKey);
+  const followClass = () => { // set by another panel
+    const id = values.get("class_id");
+    if (id === values.get("class_ids")[0]) return;
+    if (classes.has(id)) showClasses(0, id);
+    else say(`Class ${id} is not offered here.`);
+  };
+  model.on("change:class_id", followClass);
 
   // --------------------------------------------------------------------------------- actions
   function say(text) {
@@ -479,6 +493,7 @@ function build(model, el) {
     const kept = shown.includes(parseLink(selected).classId);
     values.set({
       class_ids: shown,
+      class_id: shown[0],
       opened: [...new Set([...values.get("opened"), ...shown.map(String)])],
       selected: kept ? selected : String(id ?? shown[0]),
     });
@@ -490,20 +505,6 @@ function build(model, el) {
   function shortName({ node, link }) {
     return node ? `${node.stage}:${node.channel}`
       : className(classes.get(parseLink(link).classId));
-  }
-
-  function toggleKeys(show = keys.hidden) {
-    keys.hidden = !show;
-    help.setAttribute("aria-expanded", String(show));
-  }
-
-  function onKey(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "?" && !event.target.matches("input:not([type=range]):not([type=checkbox])"))
-      toggleKeys();
-    else if (event.key === "Escape" && !keys.hidden) toggleKeys(false);
-    else return;
-    event.preventDefault();
   }
 
   // ---------------------------------------------------------------------------- drawing maps
@@ -572,7 +573,7 @@ function build(model, el) {
       element("div", { class: "attnviz-zoom" },
         zoomButton("+", "Zoom in", () => zoomBy(1.25)),
         zoomButton("−", "Zoom out", () => zoomBy(0.8)),
-        zoomButton("Fit", "Show the whole tree", () => fit())),
+        zoomButton("Fit", "Fit the whole tree", () => fit())),
     );
     let records = [];
     let byLink = new Map();
@@ -721,7 +722,7 @@ function build(model, el) {
       const label = element("b", {});
       const share = element("span", { class: "attnviz-share" });
       const mark = element("span", { class: "attnviz-shared" });
-      const door = element("span", { class: "attnviz-door" });
+      const door = element("span", { class: "attnviz-door", "aria-hidden": "true" });
       const thumb = element("span", { class: "attnviz-thumb" }, canvas, dot);
       const input = element("canvas", { class: "attnviz-input", "aria-hidden": "true" });
       const item = element(
@@ -1001,11 +1002,12 @@ function build(model, el) {
         0: () => fit(),
         c: () => values.set({ cropped: !values.get("cropped") }),
       };
-      if (!actions[event.key]) return;
+      const action = actions[event.key] ?? actions[event.key.toLowerCase()];
+      if (!action) return;
       event.preventDefault();
       event.stopPropagation();
       notice = null;
-      actions[event.key]();
+      action();
     });
 
     function openByKey(record) {
@@ -1013,8 +1015,58 @@ function build(model, el) {
       else open(record, api);
     }
 
+    /** The whole tree of the class, its upper left corner at (left, top). */
+    function figure(left, top) {
+      paint(Infinity);
+      const inColumn = (column) => records.some((record) => record.column === column);
+      const names = stages.filter((_, k) => inColumn(k + 1)).map((stage) => figureText(
+        `Stage ${stage}`, left + columnPlace(1 + stages.indexOf(stage)), top + 12,
+        { size: 12, weight: 600, fill: "#59606a" },
+      ));
+      const lines = [...edges.children].map((path) => {
+        const on = path.classList.contains("attnviz-on-path");
+        const sees = path.classList.contains("attnviz-sees");
+        return element("path", {
+          d: path.getAttribute("d"), fill: "none", stroke: on ? ACCENT : "#b9c0ca",
+          "stroke-width": path.getAttribute("stroke-width"),
+          "stroke-dasharray": sees ? "1 5" : null, "stroke-linecap": sees ? "round" : null,
+        });
+      });
+      const nodes = records.map((record) => {
+        const { canvas, input, label, share, dot, box: shownPart } = cards.get(record.link);
+        const { x, y, width, node, input: sees } = record;
+        const on = onPath(record);
+        const text = node ? 58 : 98;
+        const at = ([across, down], place) => [place[0] + across * place[2], place[1] + down * place[3]];
+        const size = [canvas.width / SHARP, canvas.height / SHARP];
+        const place = [x + 2 + (width - 4 - text - size[0]) / 2, y + (CARD.height - size[1]) / 2, ...size];
+        const peak = node && !dot.hidden ? at(peakIn(record, shownPart), place) : null;
+        const inputPlace = [x + CARD.width + GAP, y + (CARD.height - input.height / SHARP) / 2,
+          input.width / SHARP, input.height / SHARP];
+        const words = figureLines(label.textContent, x + width - text + 7, y + (node ? 13 : 8),
+          text - 14, { size: node ? 13 : 12, weight: 600 });
+        if (words.nodes.length > 2) words.nodes[1].textContent += " …";
+        return [
+          element("rect", { x, y, width, height: CARD.height, rx: 8, fill: "#fff",
+            stroke: on ? ACCENT : "#d8dce2" }),
+          figureImage([canvas], ...place),
+          peak ? element("circle", { cx: peak[0], cy: peak[1], r: 3, fill: "#00b8d4",
+            stroke: "#fff", "stroke-width": 1.5 }) : [],
+          words.nodes.slice(0, 2),
+          figureText(share.textContent, x + width - text + 7,
+            y + (node ? 41 : 17 + Math.min(words.height, 34)), { size: 12, fill: "#59606a" }),
+          sees ? figureImage([input], ...inputPlace) : [],
+        ];
+      });
+      return {
+        width: extent.width, height: extent.height + 24,
+        parts: [names, element("g", { transform: `translate(${left} ${top + 24})` },
+          ...lines, ...nodes.flat(Infinity))],
+      };
+    }
+
     const api = {
-      box, update, fit, twins, paint,
+      box, update, fit, twins, paint, figure,
       get waits() {
         return pending.size > 0;
       },
@@ -1028,6 +1080,20 @@ function build(model, el) {
       },
     };
     return api;
+  }
+
+  function makeFigure() {
+    if (!levels) throw new Error("nothing is drawn yet");
+    const gap = 16;
+    let [width, y] = [0, gap];
+    const parts = [];
+    values.get("class_ids").forEach((_, k) => {
+      const tree = groves[k].figure(gap, y);
+      parts.push(tree.parts);
+      width = Math.max(width, tree.width);
+      y += tree.height + gap;
+    });
+    return figureOf(width + 2 * gap, y, parts);
   }
 
   function paintQueue() {
@@ -1264,15 +1330,6 @@ function build(model, el) {
     return new Set(parts.map((_, k) => parts.slice(0, k + 1).join("/")));
   }
 
-  function paintRamp(name) {
-    const table = palettes[name];
-    const stops = Array.from({ length: 17 }, (_, k) => {
-      const at = 3 * Math.round((k * 255) / 16);
-      return `rgb(${table[at]} ${table[at + 1]} ${table[at + 2]})`;
-    });
-    root.style.setProperty("--ramp", `linear-gradient(to right, ${stops.join(", ")})`);
-  }
-
   function draw() {
     frame = 0;
     try {
@@ -1284,6 +1341,7 @@ function build(model, el) {
   }
 
   function fail(error) {
+    root.classList.remove("attnviz-loading");
     problem.hidden = false;
     problem.textContent = `The panel can't be drawn: ${error.message ?? error}`;
   }
@@ -1323,17 +1381,24 @@ function build(model, el) {
       for (const each of trees.flat())
         if (!each.leaf && !each.open && state.opened.has(each.link) && !missed.has(each.key))
           fetchFamily(each);
+    const index = values.get("image_index");
+    picturePicker.update(index);
+    root.classList.toggle("attnviz-loading", !levels || (line.live && index !== data.index));
+    if (!line.live && index !== data.index)
+      notice = `The evidence of ${data.pictures[index] ?? "that picture"} was not exported.`;
     classPicker.update(ids[0]);
     otherPicker.update(ids[1] ?? "");
     if (!line.live)
       for (const option of root.querySelectorAll(".attnviz-tree-head option"))
-        option.disabled = option.value !== "" && !store.families.has(`class:${option.value}`);
+        option.disabled = picturePicker.list.contains(option)
+          ? Number(option.value) !== data.index
+          : option.value !== "" && !store.families.has(`class:${option.value}`);
     top.update(state.top);
     deepest.update(state.last_stage);
     cropped.checked = values.get("cropped");
     opacity.update(values.get("opacity"));
     palette.update(values.get("palette"));
-    paintRamp(values.get("palette"));
+    root.style.setProperty("--ramp", rampOf(palettes[values.get("palette")]));
     root.classList.toggle("attnviz-two", ids.length > 1);
     root.setAttribute("aria-busy", String(loading.size > 0));
     groves.forEach((grove, k) => grove.update(ids[k] ?? null, state, trees[k] ?? []));
@@ -1346,11 +1411,11 @@ function build(model, el) {
   // a saved page keeps the selection in its address, so that the address is a link to it
   function remember() {
     const link = `#${values.get("selected")}`;
-    if (!line.live && location.protocol !== "about:" && location.hash !== link)
+    if (model.alone && location.protocol !== "about:" && location.hash !== link)
       history.replaceState(null, "", link);
   }
 
-  const asked = line.live ? "" : decodeURIComponent(location.hash.slice(1));
+  const asked = !model.alone ? "" : decodeURIComponent(location.hash.slice(1));
   Promise.all([
     store.ready(),
     decode(data.image, data.mime, [data.height, data.width]).then((pixels) => {
@@ -1365,6 +1430,7 @@ function build(model, el) {
     for (const grove of groves) grove.stop();
     detail.stop();
     line.stop();
+    model.off("change:class_id", followClass);
     values.stop();
   };
 }
@@ -1375,14 +1441,18 @@ function newId() {
   return `attnviz-node-${Math.random().toString(36).slice(2, 8)}-${ids++}`;
 }
 
-function render({ model, el }) {
-  try {
-    return build(model, el);
-  } catch (error) {
-    const text = `The panel can't be drawn: ${error.message}`;
-    el.replaceChildren(element("div", { class: "attnviz-panel attnviz-error", role: "alert" }, text));
-    return undefined;
-  }
+/** Builds the panel, and again when the kernel shows another picture. */
+function mount(model, el) {
+  let stop = build(model, el);
+  const again = () => {
+    stop();
+    stop = build(model, el);
+  };
+  model.on("change:_data", again);
+  return () => {
+    model.off("change:_data", again);
+    stop();
+  };
 }
 
-export default { render };
+export default drawnBy(mount);
