@@ -612,7 +612,8 @@ def _trained(run: Path) -> dict[str, object]:
             _say(f"{run}: mean IoU {kind} {scores}")
         for name, maps in metrics.get("maps", {}).items():
             if maps["maps"]:
-                shares = [f"{100 * (maps[key] or 0):.1f} %" for key in ("recall", "noise")]
+                shares = ["unknown" if maps[key] is None else f"{100 * maps[key]:.1f} %"
+                          for key in ("recall", "noise")]  # fmt: skip
                 _say(f"  {name} maps: recall {shares[0]}, noise {shares[1]}")
         for kind, left in metrics["left_out"].items():
             if left["images"]:
@@ -842,8 +843,8 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--batch", type=int, help="chapter 3: pictures at once; another number measures anew; 8"
     )
-    parser.add_argument("--epochs", type=int, help="chapter 4: of each training")
-    parser.add_argument("--repeats", type=int, help="chapter 4: trainings of each row; 1")
+    parser.add_argument("--epochs", type=int, help="tables that train: of each training")
+    parser.add_argument("--repeats", type=int, help="tables that train: trainings of each row; 1")
     parser.add_argument(
         "--measure", choices=("maps", "segmentation"),
         help="tables 4.5 to 4.10: of the maps themselves, or of a network trained on them; maps",

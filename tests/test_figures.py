@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from attnviz.data.folder import load_folder
+from attnviz.data.masks import voc_colors
 from attnviz.data.scenes import CLASS_NAMES, Scenes
 from attnviz.data.surface import load_magnetic_tile
 from attnviz.explain import stage_maps
@@ -44,6 +45,7 @@ EXPECTED = {
     "3.6": {"Grad-CAM", "Grad-CAM++", "LayerCAM", "taxi", "crane ship"},
     "3.7": {"picture", "truth", "LayerCAM", "Grad-CAM++", "Grad-CAM"},
     "3.8": {"picture", "truth", "layer2", "layer3", "layer4"},
+    "3.9": {"picture", "true mask", "S5", "S5+S4", "S5+S4+S3"},
     "4.1": {"picture", "epoch 2", "epoch 12", "maximum"},
     "4.2": {"picture", "epoch 2", "epoch 12", "maximum"},
     "4.3": {"(a) online attention accumulation", "(b) integral attention model", "hybrid loss"},
@@ -51,6 +53,8 @@ EXPECTED = {
     "4.5": {"image $I$", "×", "hide where $A > \\delta$,\nwith probability $\\beta$"},
     "4.6": {"picture", "OAA", "OAA++"},
     "4.7": {"picture", "CAM", "OAA", "OAA++", "OAA+"},
+    "4.8": {"picture", "true mask", "OAA", "OAA+"},
+    "4.9": {"picture", "true mask", "OAA++ model", "OAA++"},
     "4.10": {"recall of the object (%)", "OAA, accumulated", "OAA++, map of the epoch"},
     "4.11": {"picture", "epoch 2", "epoch 4", "epoch 12", "maximum"},
     "4.12": {"deer\nOAA", "deer\nOAA++"},
@@ -407,6 +411,9 @@ RIGHT = Example(Scenes("val", objects="few")[0].image, 5)
         ("5.14", {"pictures": [Example(PICTURE, 0)]}, "expected pictures with masks of what"),
         ("4.1", {"pictures": [PICTURE]}, "expected `runs` for figure 4.1, got `pictures`"),
         ("5.1", {"runs": ["run"]}, "expected `network` or `pictures` for figure 5.1, got `runs`"),
+        ("4.8", {"runs": ["run"]}, "expected `masks` or `pictures` for figure 4.8, got `runs`"),
+        ("4.8", {"masks": {"OAA": "."}}, r"expected 2 folders .* 4.8 \(OAA, OAA\+\), got 1"),
+        ("4.8", {"masks": {"a": "no", "b": "no"}}, "expected label pictures IMAGE_ID.png of the"),
         ("3.1", {"network": "nothing"}, "expected the name of a network, got 'nothing'"),
     ],
 )
@@ -441,3 +448,25 @@ def test_truth_of_a_defect_is_the_mask_of_its_kind(tmp_path):
     inside = np.asarray(Image.fromarray(mask).resize(truth.shape[1::-1])) > 127
     assert (np.asarray(truth)[..., 0] > 127)[inside].all()
     assert inside.mean() == pytest.approx((np.asarray(truth)[..., 0] > 127).mean(), abs=0.005)
+
+
+def test_masks_lie_in_the_colors_of_voc_over_their_picture(tmp_path):
+    scene = Scenes("val", objects="few")[3]
+    truth = np.zeros((112, 112), np.uint8)
+    for each in scene.objects:
+        truth[each.mask] = 1 + each.class_id
+    labels = np.where(truth > 0, truth, 255).astype(np.uint8)
+    for name, values in (("a", truth), ("b", labels)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / f"{scene.image_id}.png")
+    figure = make_figure("4.8", masks={"one": tmp_path / "a", "two": tmp_path / "b"})
+    assert {"picture", "true mask", "one", "two"} <= set(_texts(figure))
+    _, true, one, two = (image.get_array() for image in figure.axes[0].get_images())
+    assert np.array_equal(true, one)
+    inside = np.kron(truth, np.ones((2, 2))) > 0
+    assert np.array_equal(two[inside], one[inside])
+    assert (two[~inside] == 235).all()
+    label = truth[truth > 0][0]
+    shown = one[np.kron(truth, np.ones((2, 2))) == label]
+    darkest = 0.75 * voc_colors()[label]  # a quarter of the picture lies over it
+    assert ((shown >= darkest - 1) & (shown <= darkest + 0.25 * 0.6 * 255 + 1)).all()

@@ -227,6 +227,8 @@ def test_runs_without_anything_to_show_are_refused(tmp_path):
         explore_accumulation(tmp_path)
     with pytest.raises(ValueError, match="at least one run in `runs`, got none"):
         explore_accumulation([])
+    with pytest.raises(TypeError, match="the folders of runs in `runs`, got NoneType"):
+        explore_accumulation(None)
     run = record(tmp_path / "run", 1)
     (run / "evolution" / "epoch-0001.npz").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"recorded epochs in '.*run', got none \(epoch-0001.npz"):

@@ -1,13 +1,14 @@
 """Tables of segmentation: what their networks learn from, and what is measured of them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from attnviz.segment import LabelConfig, label_file
-from attnviz.tables import make_table, segmentation
+from attnviz.tables import Table, make_table, report, segmentation, table_names
 from attnviz.tables.sources import Source
 from attnviz.tables.table import numbers
 from attnviz.training import oaa_config
@@ -67,7 +68,6 @@ def test_stages_count_from_the_deepest_and_the_class_stays_out():
     assert stages["S1"] == (-5,)
     plans = segmentation._plans("3.11", config, "scenes", None)
     assert {place for place, _ in plans} == {0, 1, 2}  # none for ResNet-101
-    assert segmentation._plans("3.13", config, "scenes", None) == {}
 
 
 def test_variants_are_two_choices(cache):
@@ -108,19 +108,21 @@ def test_quality_of_labels_is_counted_where_they_label(tmp_path):
     assert found == {"miou": pytest.approx((1 + 1 / 3 + 0) / 3), "labeled": 4 / 5}
 
 
-def test_a_table_of_other_authors_is_quoted(cache):
-    table = make_table("3.13", cache=cache, progress=False)
+def test_of_a_method_of_other_authors_only_the_seeds_are_made(cache):
+    table = make_table("3.13", cache=cache, **SMALL)
     assert [row["val"] for row in table.rows] == [
         {"paper": row["val"], "ours": None, "low": None, "high": None}
         for row in numbers()["3.13"]["rows"]
     ]
-    assert table.notes == [segmentation._QUOTED]
+    names = [row["method"] for row in table.extra]
+    assert names == ["DGCN-CAM, its labels", "DGCN-LayerCAM, its labels"]
+    assert "quoted" in " ".join(table.notes)
 
 
 def test_networks_without_such_stages_leave_the_row_out(cache):
     config = oaa_config("small", limit=16, epochs=2)
     label = LabelConfig(rule="affinity")
-    maker = segmentation._Maker(cache, None, label, {"epochs": 1}, False, False, 0, False)
+    maker = segmentation._Maker(cache, None, label, {"epochs": 1}, False, False, False, 0, False)
     source = Source(config, maps="final", method="layercam", stages=(-6,))
     assert maker.scores(segmentation.Plan(source, "scenes"), config) is None
 
@@ -138,3 +140,36 @@ def test_networks_without_such_stages_leave_the_row_out(cache):
 def test_bad_values_are_named(id, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_table(id, cache=tmp_path, **SMALL | options)
+
+
+def test_report_has_every_table_or_says_why_not(tmp_path, monkeypatch):
+    made = []
+
+    def make(id, **options):
+        made.append((id, options))
+        if id == "3.2":
+            raise ValueError("expected <b>more</b>, got less")
+        row = {"method": "<i>mine</i>", "miou": {"paper": 1.0, "ours": 2.0, "low": 1, "high": 3}}
+        return Table(id=id, title=f"title {id}", data="scenes", network="n", preset="p", seed=0,
+                     versions={"attnviz": "0"}, n=5, rows=[row], extra=[], notes=[],
+                     weights={})  # fmt: skip
+
+    monkeypatch.setattr(report, "make_table", make)
+    found = report.write_report(tmp_path / "all.html", cache=tmp_path, segment_epochs=7)
+    names = [name for name, _ in table_names()]
+    assert [id for id, _ in made] == names
+    assert found["missing"] == {"3.2": "expected <b>more</b>, got less"}
+    assert set(found["tables"]) == set(names) - {"3.2"}
+    page = (tmp_path / "all.html").read_text()
+    assert "<i>mine" not in page
+    assert "expected &lt;b&gt;more" in page
+    assert all(f'id="t{name}"' in page for name in names)
+    assert not re.search(r"https?://|src=", page)
+    options = dict(made)
+    assert options["4.5"]["segment_epochs"] == 7
+    assert "segment_epochs" not in options["3.1"]
+    assert options["3.1"]["limit"] == report.QUICK["3"]["limit"]
+    made.clear()
+    report.write_report(tmp_path / "all.html", limit=9)
+    assert {options.get("limit") for _, options in made} == {9}
+    assert not any("epochs" in options for _, options in made)

@@ -221,6 +221,15 @@ def test_bad_input_is_refused_in_one_line(tiny, image):
         evidence(net, image[..., :3, :3])
     with pytest.raises(ValueError, match="expected a node of the tree, got '9:9@9,9'"):
         evidence(net, image, 1).expand("9:9@9,9")
+    with pytest.raises(ValueError, match="expected a forward pass of Tiny, got one of Tiny; give"):
+        evidence(net, run(staged(tiny), image), 1)
+    for network, keywords, message in [
+        (tiny, {}, "expected a network from attnviz.staged .* got Tiny; attnviz.staged"),
+        (net, {"top": 1.5}, "expected `top` as a number of channels, got 1.5"),
+        (net, {"stages": "all"}, r"expected `stages` as a list such as \[4, 5\], got 'all'"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            evidence(network, image, 1, **keywords)
 
 
 def test_network_with_attention_is_refused_where_it_is_cut():

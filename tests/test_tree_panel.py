@@ -148,6 +148,10 @@ def test_explore_evidence_refuses_what_it_cannot_show(net, tiny):
         explore_evidence(tiny, _picture())
     with pytest.raises(ValueError, match="expected a class of tiny, got 'owl'"):
         explore_evidence(net, _picture(), "owl")
+    with pytest.raises(ValueError, match="at least one class in `class_ids`, got none"):
+        explore_evidence(net, _picture(), [])
+    with pytest.raises(TypeError, match=r"counts by \(stage, channel\), got int"):
+        explore_evidence(net, _picture(), histograms=3)
 
 
 # --------------------------------------------------------------------------------- what is sent

@@ -158,10 +158,10 @@ def make_figure(
             room for; all for a figure that counts or measures. :class:`Example` objects, a
             :class:`~attnviz.data.folder.LabeledImages` or what :func:`attnviz.images.to_pixels`
             reads; pictures with masks (:class:`~attnviz.data.masks.MaskedImage`) for figures 3.7
-            to 3.9, 4.8 and 4.9. A labeled picture is explained for its class where the network knows the name,
-            others for the highest score. None takes generated scenes: the first of the validation
-            split that show one object, of a class named beforehand where the figure has one,
-            whatever their maps look like.
+            to 3.9, 4.8 and 4.9. A labeled picture is explained for its class where the network
+            knows the name, others for the highest score. None takes generated scenes: the first
+            of the validation split that show one object, of a class named beforehand where the
+            figure has one, whatever their maps look like.
         runs: For the figures of chapter 4: folders of trainings, or what
             :func:`attnviz.evolution.load_evolution` returns; bundled ones if None.
         masks: For figures 3.9, 4.8 and 4.9: folders of label pictures ``IMAGE_ID.png`` by the

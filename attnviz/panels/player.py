@@ -9,7 +9,7 @@ import math
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from time import monotonic
@@ -532,6 +532,8 @@ def explore_accumulation(
     names = list(runs) if isinstance(runs, Mapping) else None
     if isinstance(runs, Mapping):
         runs = list(runs.values())
+    if not isinstance(runs, str | PathLike | Iterable):
+        raise TypeError(f"expected the folders of runs in `runs`, got {type(runs).__name__}")
     folders = [Path(run) for run in ([runs] if isinstance(runs, str | PathLike) else runs)]
     if not folders:
         raise ValueError("expected the folder of at least one run in `runs`, got none")

@@ -694,6 +694,14 @@ def explore_evidence(
         names = [names] if isinstance(names, str) else names
     class_ids = [None] * len(images) if class_ids is None else class_ids
     check_lengths(len(images), class_ids=class_ids)
+    if any(isinstance(asked, list | tuple) and not asked for asked in class_ids):
+        raise ValueError(
+            "expected at least one class in `class_ids`, got none; None shows the best"
+        )
+    if histograms is not None and not isinstance(histograms, Mapping):
+        raise TypeError(
+            f"expected `histograms` as counts by (stage, channel), got {type(histograms).__name__}"
+        )
     if names is None:
         names = [image_name(image, number) for number, image in enumerate(images, 1)]
     tensors, pictures, entries = [], [], []

@@ -30,7 +30,7 @@ from ..training.oaa import Preset, opened
 from ..training.pictures import Pictures
 from ..training.runs import start_fabric
 from .segmentation import Plan, segmented_rows
-from .sources import Source, joined, trained, trained_table
+from .sources import Source, images_of, joined, trained, trained_table
 from .table import Row, Table, numbers
 
 __all__ = ["TABLES", "make"]
@@ -344,7 +344,7 @@ def _notes(id: str, config: OAAConfig, repeats: int) -> list[str]:
         "threshold chosen on the other half of the images; the thesis' mIoU is that of a "
         "segmentation network trained on labels made from such maps",
         "recall and noise at half of each map's maximum, means over image-class pairs",
-        f"{config.images if config.data == 'scenes' else 'all'} training images, "
+        f"{images_of(config)} training images, "
         f"{config.epochs} epochs, preset {config.preset}",
     ]  # fmt: skip
     if config.data == "scenes":

@@ -34,14 +34,13 @@ from ..training import OAAConfig, SegmentConfig, oaa_config, segment_config, tra
 from ..training.oaa import Preset, opened
 from ..training.pictures import Pictures, open_pictures
 from ..training.runs import json_bytes
-from .sources import Source, folder_of, joined, trained, trained_table
+from .sources import Source, folder_of, images_of, joined, trained, trained_table
 from .table import Row, Table, numbers
 
 __all__ = ["TABLES", "Plan", "make", "segmented_rows"]
 
 TABLES = ("3.11", "3.12", "3.13", "4.1", "4.2", "4.3", "4.4", "4.7", "4.12")
 
-_QUOTED = "quoted: a method of other authors, which takes maps as seeds; not made here"
 _WORDS = ("no", "method", "setting", "stages", "supervision", "threshold", "delta", "beta",
           "iters")  # fmt: skip
 _WHOLE = ("val", "test", "miou", "mean", "LargeFOV", "DeepLabv2")
@@ -99,7 +98,8 @@ def _plans(id: str, config: OAAConfig, network: str, deep: str | None) -> Plans:
             plans[place, ""] = Plan(stages("layercam", *names), network)
         return plans
     if id == "3.13":
-        return {}
+        chosen = (stages("cam", -1), stages("layercam", -1, -2, -3, -4))
+        return {(place, ""): Plan(source, network) for place, source in enumerate(chosen)}
     if id == "4.7":
         for place, row in enumerate(rows):
             counts = {
@@ -133,6 +133,7 @@ class _Maker:
     changes: Mapping[str, object]  # of the segmentation's config
     multi: bool
     tested: bool  # whether a third part of the data is measured as well
+    seeds: bool  # whether labels are all that is made
     workers: int
     progress: bool
 
@@ -170,6 +171,8 @@ class _Maker:
             if made is None:
                 return None
             labels, quality = str(made[0]), made[1]
+        if self.seeds:
+            return {"labels": quality, "validation": None, "test": None}
         total = len(opened(config, "train", self.root, False))
         changes = {
             **self.changes,
@@ -316,9 +319,11 @@ def segmented_rows(
             f"expected `data` with masks of several classes for table {id}, got {config.data!r}; "
             "take scenes, voc2012 or coco"
         )
-    chapter3 = id.startswith("3")
-    rule = rule or ("superpixels" if chapter3 else "saliency")
-    label = LabelConfig(rule=rule, superpixels="slic" if rule == "superpixels" else None)
+    rule = rule or ("superpixels" if id in ("3.11", "3.12") else "saliency")
+    label = LabelConfig(
+        rule=rule, superpixels="slic" if rule == "superpixels" else None,
+        count=100 if config.data == "scenes" else 1000,  # about as many pixels in each
+    )  # fmt: skip
     changes: dict[str, object] = {"device": config.device}
     if config.limit is not None:
         changes["validation_images"] = min(300, config.limit)
@@ -332,7 +337,9 @@ def segmented_rows(
         )
     deep = _DEEPLABV2.get(config.network)
     tested = id == "4.4" or "test" in numbers()[id]["rows"][0]
-    maker = _Maker(cache, root, label, changes, id in _MULTI, tested, workers, progress)
+    maker = _Maker(
+        cache, root, label, changes, id in _MULTI, tested, id == "3.13", workers, progress
+    )
     found: dict[tuple[int, str], list[dict]] = {}
     for repeat in range(repeats):
         again = OAAConfig(**asdict(config) | {"seed": seed + repeat})
@@ -343,8 +350,8 @@ def segmented_rows(
     rows, extra = _rows(id, found)
     part = "test" if id == "4.4" else "validation"
     some = next(iter(found.values()))[0][part] if found else None
-    count = 0 if some is None else some["images"]
-    return count, rows, extra, _notes(id, config, rule, repeats, bool(found))
+    count = len(opened(config, "train", root, False)) if some is None else some["images"]
+    return count, rows, extra, _notes(id, config, rule, repeats)
 
 
 def _rows(id: str, found: Mapping[tuple[int, str], list[dict]]) -> tuple[list[Row], list[Row]]:
@@ -365,8 +372,10 @@ def _rows(id: str, found: Mapping[tuple[int, str], list[dict]]) -> tuple[list[Ro
         if not mine:
             continue
         unprinted = {k: v if k in _WORDS else None for k, v in paper.items()}
-        extra.append(_row(id, unprinted | {word: f"{paper[word]}, {name}"}, mine, other))
-        if next(iter(mine.values()))[0]["labels"] is not None:
+        first = next(iter(mine.values()))[0]
+        if first["validation"] is not None or first["test"] is not None:
+            extra.append(_row(id, unprinted | {word: f"{paper[word]}, {name}"}, mine, other))
+        if first["labels"] is not None:
             named = unprinted | {word: f"{paper[word]}, its labels"}
             extra.append(_row(id, named, mine, "labels"))
     return rows, extra
@@ -400,17 +409,20 @@ def _value(
     return unknown if iou is None else (100 * iou, *unknown[1:])
 
 
-def _notes(id: str, config: OAAConfig, rule: str, repeats: int, measured: bool) -> list[str]:
-    if not measured:
-        return [_QUOTED]
+def _notes(id: str, config: OAAConfig, rule: str, repeats: int) -> list[str]:
     notes = [
         f"pseudo labels by the rule {rule!r}; `extra` has their own mIoU on the training pictures",
         "tested at " + ("five sizes" if id in _MULTI else "one size")
         + ", rows " + ("with" if id in _REFINED else "without") + " dense CRF, `extra` the other",
-        f"{config.images if config.data == 'scenes' else 'all'} training images, classifier of "
-        f"{config.epochs} epochs, preset {config.preset}",
+        f"{images_of(config)} training images, classifier of {config.epochs} epochs, preset "
+        f"{config.preset}",
         "rows without ours are of other papers, as the thesis quotes them",
     ]  # fmt: skip
+    if id == "3.13":
+        notes[1] = (
+            "rows are quoted: a method of other authors; `extra` has the seeds that it would be "
+            "given, of the training pictures, scored where they label"
+        )
     if config.data == "scenes":
         notes.insert(0, "generated pictures: splits train and val of scenes, few objects")
     if "test" in numbers()[id]["rows"][0] or id == "4.4":

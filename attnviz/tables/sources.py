@@ -17,7 +17,7 @@ from ..explain import package_versions
 from ..training import OAAConfig, integral_config, train_integral, train_oaa
 from .table import Row, Table, numbers
 
-__all__ = ["Source", "folder_of", "joined", "trained", "trained_table"]
+__all__ = ["Source", "folder_of", "images_of", "joined", "trained", "trained_table"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ def folder_of(cache: Path, config: object, **also: object) -> Path:
     facts = {key: value for key, value in asdict(config).items() if key != "run"} | also
     text = json.dumps(facts, sort_keys=True, default=str)
     return cache / f"{type(config).__name__}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def images_of(config: OAAConfig) -> str:
+    """Says how many images a training learns from."""
+    if config.data == "scenes":
+        return str(min(config.images, config.limit or config.images))
+    return "all" if config.limit is None else str(config.limit)
 
 
 def trained(
