@@ -43,6 +43,7 @@ _NETWORKS = {
     "squeezenet1_1": ("squeezenet1_1", 256, 12, 8, 401),
     "mobilenet_v2": ("mobilenet_v2", 256, 6, 16, 401),
     "scenes": ("scenes", 128, 2, 8, 112),
+    "scenes_aspp": ("scenes", 0, 0, 8, 112),
 }
 _CHANNELS = {"vgg16": 512, "squeezenet1_1": 512, "mobilenet_v2": 1280, "scenes": 96}
 
@@ -84,13 +85,15 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         kind, width, dilation, self.stride, self.window = _NETWORKS[name]
         self.name, self.class_count, self.class_names = name, class_count, None
-        self.cornered = name != "scenes"
+        self.cornered = kind != "scenes"
         # statistics of small batches would spoil those of the pretrained weights
-        self.frozen_norms = name != "scenes"
+        self.frozen_norms = kind != "scenes"
         self.backbone = backbone
         channels = _CHANNELS.get(kind, 2048)
-        if name.startswith("aspp"):
-            self.head = _ASPP(channels, 1 + class_count)
+        if "aspp" in name:
+            # cells of scenes are few: the same views, a third as wide
+            rates = (2, 4, 6, 8) if kind == "scenes" else (6, 12, 18, 24)
+            self.head = _ASPP(channels, 1 + class_count, rates)
         else:
             self.head = _large_fov(channels, width, dilation, 1 + class_count, name)
         self._old_head: list[nn.Module] = []
@@ -171,10 +174,10 @@ def _large_fov(channels: int, width: int, dilation: int, count: int, name: str) 
 
 class _ASPP(nn.Module):
     # Atrous spatial pyramid pooling: the sum of four views of different width.
-    def __init__(self, channels: int, count: int) -> None:
+    def __init__(self, channels: int, count: int, rates: Sequence[int]) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Conv2d(channels, count, 3, padding=rate, dilation=rate) for rate in (6, 12, 18, 24)
+            nn.Conv2d(channels, count, 3, padding=rate, dilation=rate) for rate in rates
         )
         for branch in self.branches:
             nn.init.normal_(branch.weight, std=0.01)
@@ -200,15 +203,17 @@ def segmentation_network(
     ``squeezenet1_1`` (stride 8) and ``mobilenet_v2`` (stride 16) have a LargeFOV head of 256
     channels, for processors without a GPU. ``scenes`` is for the generated pictures: the five
     stages of the bundled ``scenes_conv``, at stride 8, and a head of 128 channels with dilation
-    2. New layers that give scores start at N(0, 0.01), the others at Xavier's.
+    2; ``scenes_aspp`` has DeepLabv2's head of four views instead. New layers that give scores
+    start at N(0, 0.01), the others at Xavier's.
 
     Args:
         name: One of :data:`SEGMENTATION_NETWORKS`.
         class_count: Number of classes, without background.
         weights: ``auto`` finds ImageNet weights as :func:`attnviz.load_network` does, for
             ``scenes`` the bundled classifier's; ``random`` none. A path is the plain network's
-            file, that of an :class:`~attnviz.networks.OAANetwork` with as many classes, both
-            without their last layer, or that of a trained segmentation network, taken whole.
+            file, that of an :class:`~attnviz.networks.OAANetwork` with as many classes or of
+            another training of this package, all without their last layer, or that of a trained
+            segmentation network, taken whole.
         data: The data root; see :func:`attnviz.networks.data_root`.
 
     Raises:
@@ -220,7 +225,9 @@ def segmentation_network(
         raise ValueError(
             f"expected `name` in {SEGMENTATION_NETWORKS}, got {name!r}; choose one of these"
         )
-    if not 1 <= class_count <= 254:  # the numbers of a label picture, without 255
+    if (
+        not isinstance(class_count, int) or not 1 <= class_count <= 254
+    ):  # the numbers of a label picture, without 255
         raise ValueError(f"expected `class_count` from 1 to 254, got {class_count}")
     kind = _NETWORKS[name][0]
     if weights == "auto":

@@ -1,11 +1,12 @@
 """Files that are whole: who reads, or dies here, leaves the old one or the new one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["write_whole"]
+__all__ = ["only_one", "write_whole"]
 
 
 def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -29,3 +30,33 @@ def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> No
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_one(folder: Path, what: str) -> Iterator[None]:
+    """Keeps a second process out of a folder; the lock ends with the process.
+
+    Args:
+        folder: The folder, which is there.
+        what: What is under way in it, for the message.
+
+    Raises:
+        FileExistsError: Another process is at work in it.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"expected no other {what} in {str(folder)!r}, got one that is under way; wait "
+                "until it has ended, or name another folder"
+            ) from None
+        yield
+    finally:
+        os.close(opened)

@@ -6,9 +6,10 @@ background, 1 + the position of a class in the maps, or 255 for pixels that no t
 Every function looks at one image. Nothing here runs a network or reads a file.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -67,8 +68,9 @@ def superpixels(
     """
     from skimage.segmentation import felzenszwalb, slic
 
-    if count < 1:
+    if not count >= 1:
         raise ValueError(f"expected `count` of at least 1, got {count}")
+    _check_picture(image)
     if method == "slic":
         found = slic(image, count, compactness=10, start_label=0)
     elif method == "felzenszwalb":
@@ -77,6 +79,14 @@ def superpixels(
     else:
         raise ValueError(f"expected `method` in {get_args(Oversegmentation)}, got {method!r}")
     return (np.cumsum(np.bincount(found.ravel()) > 0) - 1)[found]
+
+
+def _check_picture(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"expected a picture of shape (h, w, 3), got {image.shape}; "
+            "attnviz.images.to_pixels makes one of any picture"
+        )
 
 
 def superpixel_mean(
@@ -93,6 +103,11 @@ def superpixel_mean(
     References:
         Thesis Eq. 3.11; as a way to sharper boundaries, its outlook in chapter 6.
     """
+    if tuple(maps.shape[1:]) != regions.shape:
+        raise ValueError(
+            f"expected `regions` of {maps.shape[1]} x {maps.shape[2]}, the maps' size, got "
+            f"{' x '.join(map(str, regions.shape))}"
+        )
     flat = regions.ravel()
     pixels = np.bincount(flat)
     means = [
@@ -123,6 +138,7 @@ def superpixel_labels(
     References:
         Thesis Eq. 3.11 and section 3.4.4.
     """
+    _check_maps(maps)
     positive = maps.relu()
     peaks = positive.amax(dim=(1, 2), keepdim=True)
     means = superpixel_mean(positive / torch.where(peaks > 0, peaks, 1), regions)
@@ -131,6 +147,17 @@ def superpixel_labels(
         channels = refine(channels)
     largest = channels.roll(-1, 0).numpy(force=True).argmax(axis=0)  # background loses a tie
     return ((largest + 1) % len(channels)).astype(np.uint8)
+
+
+def _check_maps(maps: Float[Tensor, "k h w"]) -> None:
+    if len(maps) >= _IGNORE:
+        raise ValueError(f"expected at most {_IGNORE - 1} maps, got {len(maps)}")
+    _check_finite("maps", maps)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"expected finite {name}, got NaN or infinity; check the network")
 
 
 # --------------------------------------------------------------------------- saliency, background
@@ -213,6 +240,14 @@ def saliency_labels(
     References:
         Thesis section 4.3; the numbers are those of its released code.
     """
+    _check_maps(maps)
+    if saliency is not None and saliency.shape != maps.shape[1:]:
+        raise ValueError(
+            f"expected a saliency of {maps.shape[1]} x {maps.shape[2]}, the maps' size, got "
+            f"{' x '.join(map(str, saliency.shape))}"
+        )
+    if saliency is not None and not ((saliency >= 0) & (saliency <= 1)).all():
+        raise ValueError("expected a saliency from 0 to 1, got values beyond; divide it by 255")
     low, high = (getattr(maps, end)(dim=(1, 2), keepdim=True) for end in ("amin", "amax"))
     stretched = (maps - low) / torch.where(high > low, high - low, 1)
     if saliency is None:
@@ -256,6 +291,7 @@ def detect_saliency(image: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "h w"]:
         Saliency Optimization from Robust Background Detection (Zhu et al., 2014),
         https://doi.org/10.1109/CVPR.2014.360.
     """
+    _check_picture(image)
     from scipy.sparse.csgraph import dijkstra
     from skimage.color import rgb2lab
 
@@ -326,6 +362,15 @@ class CRF:
     s_color: Real
     """How far apart colors of 0 to 255 may be."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.iterations, Integral) or self.iterations < 1:
+            raise ValueError(f"expected `iterations` of at least 1, got {self.iterations}")
+        for name in ("w_smooth", "s_smooth", "w_color", "s_space", "s_color"):
+            value, weight = getattr(self, name), name.startswith("w")
+            if not math.isfinite(value) or value < 0 or (value == 0 and not weight):
+                least = "at least" if weight else "above"
+                raise ValueError(f"expected a finite `{name}` {least} 0, got {value}")
+
 
 CRF_PRESETS = {
     "oaa_caffe": CRF(1, 1, 3, 3, 67, 4),
@@ -370,6 +415,7 @@ def dense_crf(
 
     Raises:
         ImportError: pydensecrf2 is not installed.
+        ValueError: The preset is unknown, sizes differ, or a probability is not finite.
 
     References:
         Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials (Kraehenbuehl
@@ -382,9 +428,10 @@ def dense_crf(
             "expected the package pydensecrf2 for a dense CRF, which is not installed; "
             "`pip install pydensecrf2` compiles it, with a C++ compiler, on Python 3.11 or 3.12"
         ) from error
-    if isinstance(preset, str) and preset not in CRF_PRESETS:
-        raise ValueError(f"expected `preset` in {tuple(CRF_PRESETS)}, got {preset!r}")
-    crf = CRF_PRESETS[preset] if isinstance(preset, str) else preset
+    if not isinstance(preset, CRF) and preset not in CRF_PRESETS:
+        raise ValueError(f"expected `preset` in {tuple(CRF_PRESETS)} or a CRF, got {preset!r}")
+    crf = preset if isinstance(preset, CRF) else CRF_PRESETS[preset]
+    _check_finite("probabilities", probabilities)
     labels, height, width = probabilities.shape
     if image.shape != (height, width, 3):
         raise ValueError(

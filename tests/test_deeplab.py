@@ -10,7 +10,7 @@ from attnviz.deeplab import SEGMENTATION_NETWORKS, load_segmentation, segmentati
 from attnviz.networks import bundled_folder, load_network, oaa_network
 from attnviz.training.runs import network_bytes
 
-SMALL = ("scenes", "squeezenet1_1", "mobilenet_v2", "largefov_resnet50")
+SMALL = ("scenes", "scenes_aspp", "squeezenet1_1", "mobilenet_v2", "largefov_resnet50")
 BASE = torch.randn(40_000, generator=torch.Generator().manual_seed(3)) / 100
 
 

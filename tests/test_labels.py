@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -391,3 +392,33 @@ def test_labels_refined_by_the_random_field_follow_the_picture(two_halves):
     )
     truth = x < 23
     assert ((refined == 1) == truth).mean() > ((plain == 1) == truth).mean() + 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iterations": 0}, "expected `iterations` of at least 1, got 0"),
+        ({"s_smooth": 0}, "expected a finite `s_smooth` above 0, got 0"),
+        ({"s_color": float("nan")}, "expected a finite `s_color` above 0, got nan"),
+        ({"w_color": -1}, "expected a finite `w_color` at least 0, got -1"),
+    ],
+)
+def test_numbers_that_would_end_the_process_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CRF_PRESETS["maps"], **changes)
+
+
+def test_what_is_no_map_is_named():
+    maps, regions = torch.rand(2, 4, 6), np.zeros((4, 6), int)
+    broken = maps.clone()
+    broken[0, 0, 0] = torch.nan
+    for call in (superpixel_labels, saliency_labels):
+        options = (regions,) if call is superpixel_labels else ()
+        with pytest.raises(ValueError, match="expected finite maps, got NaN or infinity"):
+            call(broken, *options)
+        with pytest.raises(ValueError, match="expected at most 254 maps, got 255"):
+            call(torch.rand(255, 4, 6), *options)
+    with pytest.raises(ValueError, match="expected a saliency from 0 to 1, got values beyond"):
+        saliency_labels(maps, torch.full((4, 6), 255.0))
+    with pytest.raises(ValueError, match="expected finite probabilities"):
+        dense_crf(np.zeros((4, 6, 3), np.uint8), broken)

@@ -237,16 +237,42 @@ def test_pictures_that_do_not_count_are_listed(colored):
         _half(np.full((24, 24), 3, np.uint8), "other"),
         Picture("bare", _half().pixels),
         _half(ValueError("expected a mask, got a damaged one"), "damaged"),
+        _half(np.full((24, 24), -2, np.int16), "negative"),
+        _half(np.full((24, 24), 0.5), "share"),
     ]
     scores = evaluate(colored, items, "single", None, window=24, progress=False)
     assert scores.image_ids == ("a",)
     assert [line.split(":")[0] for line in scores.problems] == [
-        "small", "other", "bare", "damaged"
+        "small", "other", "bare", "damaged", "negative", "share"
     ]  # fmt: skip
     assert "24 x 24, the picture's size, got 24 x 23" in scores.problems[0]
     assert "expected labels 0 to 2 or 255, got 3" in scores.problems[1]
     with pytest.raises(ValueError, match="got none of 2: small: expected labels of 24 x 24"):
         evaluate(colored, items[1:3], "single", None, window=24, progress=False)
+
+
+def test_grey_pictures_are_read_as_any_other(colored, tmp_path):
+    class Grey(Picture):
+        def read(self):
+            return Image.fromarray(self.pixels[..., 0])
+
+    grey = Grey("../grey", _half().pixels, np.zeros((24, 24), np.uint8))
+    scores = evaluate(colored, [_half(), grey], "single", None, window=24, progress=False)
+    assert scores.image_ids == ("a", "../grey")
+    folder = write_submission(colored, [grey], tmp_path / "out", "single", None, window=24)
+    assert [path.name for path in folder.rglob("*.png")] == ["..%2Fgrey.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    with pytest.raises(ValueError, match="expected at least one picture in `items`, got none"):
+        write_submission(colored, [], tmp_path / "none", "single", None)
+
+
+def test_a_class_of_few_pictures_does_not_lift_the_interval(colored):
+    # green is in one picture of eight and never found: a sample without it knows no IoU of 0
+    rare = _half(np.full((24, 24), 2, np.uint8), "rare")
+    items = [_half(image_id=str(i)) for i in range(7)] + [rare]
+    scores = evaluate(colored, items, "single", None, window=24, progress=False)
+    low, high = scores.interval()
+    assert low <= scores.mean_iou() <= high
 
 
 def test_scores_with_crf_stand_beside_those_without(colored, generator):

@@ -102,7 +102,7 @@ def test_maps_that_do_not_fit_the_picture_are_refused():
         label_picture(image, maps * torch.nan, (3, 11))
     with pytest.raises(ValueError, match="saliency of 24 x 36, the picture's size, got 36 x 24"):
         label_picture(image, maps, (3, 11), saliency=torch.zeros(36, 24))
-    with pytest.raises(ValueError, match="classes below 254, got 254"):
+    with pytest.raises(ValueError, match="classes from 0 to 253, got 254"):
         label_picture(image, maps, (3, 254))
 
 
@@ -217,6 +217,31 @@ def test_pictures_with_problems_stop_nothing_and_are_tried_again(tmp_path):
     Image.fromarray(np.full((24, 36), 200, np.uint8)).save(saliency / "p0.png")
     again = write_labels(items, maps, out, config, progress=False)
     assert (again.written, again.kept, len(again.problems)) == (1, 1, 3)
+
+
+def test_no_kind_of_problem_ends_a_run(tmp_path):
+    wrong = {
+        "p0": lambda item: np.ones((2, 1, 3), np.float32),  # an array is as good as a tensor
+        "p1": lambda item: torch.ones(2, 0, 4),
+        "p2": lambda item: torch.ones(2, 3) @ torch.ones(2, 3),
+        "p3": halves,
+        "p4": halves,
+    }
+    items = drawn(5)
+    items[3] = replace(items[3], class_ids=(-1, 2))
+    items[4] = replace(items[4], image=None)
+    run = write_labels(items, lambda item: wrong[item.image_id](item), tmp_path, FAST)
+    assert (run.written, sorted(run.problems)) == (1, ["p1", "p2", "p3", "p4"])
+    assert run.problems["p3"] == "expected classes from 0 to 253, got -1"
+
+
+def test_a_second_run_in_a_folder_is_kept_out(tmp_path):
+    def maps(item):
+        with pytest.raises(FileExistsError, match="expected no other label run in"):
+            write_labels(drawn(1), halves, tmp_path, FAST, progress=False)
+        return halves(item)
+
+    assert write_labels(drawn(1), maps, tmp_path, FAST, progress=False).written == 1
 
 
 def test_a_saliency_folder_counts_as_the_saliency_it_holds(tmp_path):

@@ -26,7 +26,7 @@ class MaskKind:
     title: str
     columns: tuple[str, ...]
     width: float
-    most: int = 5  # pictures
+    most: int = 3  # pictures
 
 
 FIGURES = {

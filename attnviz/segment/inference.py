@@ -25,9 +25,10 @@ from tqdm import tqdm
 from ..data.masks import IGNORE, voc_colors
 from ..deeplab import SegmentationNetwork
 from ..files import write_whole
+from ..images import to_pixels
 from ..labels import dense_crf
 from ..metrics import class_ious, confusion_matrix, mean_iou
-from .pseudo import _begin
+from .pseudo import _begin, label_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -227,7 +228,9 @@ class Scores:
         )
         sums = (times @ counts).reshape(resamples, size, size)
         shared = sums.diagonal(dim1=1, dim2=2)
-        values = (shared / (sums.sum(dim=1) + sums.sum(dim=2) - shared)).nanmean(dim=1)
+        ious = shared / (sums.sum(dim=1) + sums.sum(dim=2) - shared)
+        # a class that no drawn picture has keeps its value, or rare classes would lift the mean
+        values = torch.where(ious.isnan(), class_ious(self._confusion(kind)), ious).nanmean(dim=1)
         low, high = np.quantile(values.numpy(), [0.025, 0.975])
         return float(low), float(high)
 
@@ -321,7 +324,7 @@ def _with_masks(
             mask = item.read_mask()
             if mask is None:
                 raise ValueError("it has no mask")
-            pixels = np.array(item.read())
+            pixels = np.array(to_pixels(item.read()))
             check_labels(mask, pixels.shape[:2], count)
         except (ValueError, OSError) as error:
             problems.append(f"{item.image_id}: {error}")
@@ -342,8 +345,10 @@ def check_labels(labels: np.ndarray, size: tuple[int, int], count: int) -> None:
             f"expected labels of {size[0]} x {size[1]}, the picture's size, got "
             f"{' x '.join(map(str, labels.shape))}; do the two belong together?"
         )
+    if labels.dtype.kind not in "ui":
+        raise ValueError(f"expected labels of whole numbers, got {labels.dtype}")
     values = np.unique(labels)
-    wrong = values[(values >= count) & (values != IGNORE)]
+    wrong = values[(values < 0) | (values >= count) & (values != IGNORE)]
     if wrong.size:
         raise ValueError(
             f"expected labels 0 to {count - 1} or {IGNORE}, got {wrong[0]}; are they of another "
@@ -392,9 +397,11 @@ def write_submission(
     results = Path(out) / "results"
     folder = results / "VOC2012" / "Segmentation" / "comp6_test_cls"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [(item, folder / f"{item.image_id}.png") for item in items]
+    paths = [(item, label_file(folder, item.image_id)) for item in items]
+    if not paths:
+        raise ValueError("expected at least one picture in `items`, got none")
     missing = [(item, path) for item, path in paths if not path.is_file()]
-    pictures = ((path, np.array(item.read())) for item, path in missing)
+    pictures = ((path, _read(item)) for item, path in missing)
     with tqdm(
         desc="masks", total=len(items), initial=len(items) - len(missing), unit=" images",
         disable=not progress,
@@ -405,6 +412,16 @@ def write_submission(
             _write_labels(path, plain if refined is None else refined)
             bar.update()
     return results
+
+
+def _read(item: Item) -> Pixels:
+    try:
+        return np.array(to_pixels(item.read()))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"expected a picture {item.image_id!r} that can be read, got: {error}; the server "
+            "wants all, put it right and call again"
+        ) from error
 
 
 def _write_labels(path: Path, labels: Labels) -> None:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..cam import METHODS, fuse, resize
 from ..data.masks import IGNORE, voc_colors
 from ..explain import stage_maps
-from ..files import write_whole
+from ..files import only_one, write_whole
 from ..images import to_pixels
 from ..labels import (
     CRF_PRESETS,
@@ -182,8 +182,9 @@ def label_picture(
         raise ValueError(f"expected a map for each of {len(class_ids)} classes, got {len(maps)}")
     if not maps.isfinite().all():
         raise ValueError("expected finite maps, got NaN or infinity; check the network")
-    if max(class_ids, default=0) + 1 >= IGNORE:
-        raise ValueError(f"expected classes below {IGNORE - 1}, got {max(class_ids)}")
+    wrong = [each for each in class_ids if not 0 <= each < IGNORE - 1]
+    if wrong:
+        raise ValueError(f"expected classes from 0 to {IGNORE - 2}, got {wrong[0]}")
     if saliency is not None and tuple(saliency.shape) != size:
         raise ValueError(
             f"expected a saliency of {size[0]} x {size[1]}, the picture's size, "
@@ -228,7 +229,7 @@ def write_labels(
 
     Each file is whole or not there, and a picture that has one is not looked at again: a run
     that was killed goes on where it was. A picture with a problem gets no label and stops nothing;
-    the next call tries it again. One run at a time may work in a folder.
+    the next call tries it again.
 
     Args:
         items: The pictures.
@@ -244,6 +245,7 @@ def write_labels(
 
     Raises:
         ValueError: There is no picture, or the labels in `out` were made in another way.
+        FileExistsError: Another run is at work in `out`.
         ImportError: A package that `config` needs is missing.
     """
     config, out = LabelConfig() if config is None else config, Path(out)
@@ -255,29 +257,46 @@ def write_labels(
                 f"expected a folder of saliency pictures, got {config.saliency!r}, which is none; "
                 "name another, or 'detect'"
             )
+    if workers < 0:
+        raise ValueError(f"expected `workers` of at least 0, got {workers}")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"expected a folder for labels, got the file {str(out)!r}")
     out.mkdir(parents=True, exist_ok=True)
+    with only_one(out, "label run"):
+        return _write(items, maps_of, out, config, workers, progress)
+
+
+def _write(
+    items: Iterable[Item],
+    maps_of: MapsOf,
+    out: Path,
+    config: LabelConfig,
+    workers: int,
+    progress: bool,
+) -> LabelRun:
     _check_record(out, config, maps_of)
     for part in out.glob(".*.part"):  # of a run that was killed
         part.unlink(missing_ok=True)
-    files = {path.name for path in out.glob("*.png")}
+    files = {path.name for path in out.glob("*.png") if path.is_file()}
     count = len(items) if isinstance(items, Sequence) else None
     counts, problems = {"written": 0, "kept": 0}, {}
     with tqdm(desc="pseudo labels", total=count, unit=" images", disable=not progress) as bar:
 
         def jobs() -> Iterator[tuple[str, tuple]]:
             for item in items:
-                path = label_file(out, item.image_id)
+                path = label_file(out, str(item.image_id))
                 if path.name in files:
                     counts["kept"] += 1
                     bar.update()
                     continue
+                files.add(path.name)
                 try:
-                    maps = maps_of(item)
+                    maps = torch.as_tensor(maps_of(item)).detach().float()
                 except _PICTURE_ERRORS as error:
                     note(item.image_id, _reason(error))
                     continue
                 # as an array: a tensor would be sent as an open file
-                yield item.image_id, (item, maps.detach().float().numpy(force=True), path, config)
+                yield item.image_id, (item, maps.numpy(force=True), path, config)
 
         def note(image_id: str, problem: str | None) -> None:
             if problem is None:
@@ -296,7 +315,7 @@ def write_labels(
     return LabelRun(out, counts["written"], counts["kept"], problems)
 
 
-_PICTURE_ERRORS = (ValueError, OSError, KeyError)
+_PICTURE_ERRORS = (ValueError, TypeError, OSError, KeyError, OverflowError, RuntimeError)
 
 
 def _run(

@@ -12,7 +12,7 @@ import math
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from .. import __version__
-from ..files import write_whole
+from ..files import only_one, write_whole
 
 __all__ = [
     "Device", "Precision", "RunConfig", "alone", "batches", "check_choices", "check_counts",
@@ -239,23 +239,8 @@ def together(out: Path, fabric: Fabric) -> Iterator[None]:
 @contextmanager
 def alone(out: Path, fabric: Fabric) -> Iterator[None]:
     """Keeps a second training out of the folder of a run; the lock ends with the process."""
-    if os.name != "posix" or not fabric.is_global_zero:
+    with only_one(out, "training") if fabric.is_global_zero else nullcontext():
         yield
-        return
-    import fcntl
-
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"expected no other training in {str(out)!r}, got one that is under way; wait "
-                "until it has ended, or name another folder"
-            ) from None
-        yield
-    finally:
-        os.close(folder)
 
 
 def open_run(
