@@ -223,4 +223,4 @@ def test_what_is_no_network_says_so(tmp_path):
     bundled = bundled_folder() / "networks" / "scenes_fc.safetensors"
     with pytest.raises(ValueError, match="expected the network of a run of `attnviz train seg"):
         load_segmentation(bundled)
-    assert len(SEGMENTATION_NETWORKS) == 7
+    assert len(SEGMENTATION_NETWORKS) == 8
