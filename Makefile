@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test quick chapters notebooks lint clean
@@ -22,15 +23,16 @@ lab: $(READY) ## open JupyterLab on the chapters
 	@$(BIN)/attnviz lab $(if $(LAB),-- $(LAB))
 
 test: $(READY) lint ## run every test: package, panels in Chromium, chapters
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST) loadgroup
 	@$(BIN)/python -m pytest -q --doctest-modules attnviz
 	@$(MAKE) --no-print-directory chapters
 
 quick: $(READY) ## run the tests that need neither minutes nor a browser
-	@$(BIN)/python -m pytest -q -m "not slow and not browser"
+	@$(PYTEST) loadgroup -m "not slow and not browser"
 
 chapters: $(READY) ## run the chapters and compare what they say
-	@$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
+	@PYTHONPATH=tests $(PYTEST) loadfile -p pictures \
+	  --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
 
 notebooks: $(READY) ## run the chapters and store what they show
 	@$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \

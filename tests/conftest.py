@@ -9,6 +9,13 @@ from tiny import Tiny
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Keeps what shares fixtures in one process: each file, and all that needs Chromium."""
+    for item in items:
+        browser = item.path.parent.name == "browser"
+        item.add_marker(pytest.mark.xdist_group("browser" if browser else item.path.stem))
+
+
 @pytest.fixture
 def tiny():
     return Tiny().double()

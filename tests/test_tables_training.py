@@ -132,7 +132,7 @@ def test_options_of_another_chapter_are_refused(id, options, message, tmp_path):
         ("4.11", {"limit": 0}, "expected `limit` of at least 1"),
         ("5.1", {"decisions": 0}, "expected `decisions` of at least 1"),
         ("5.1", {"data": "coco"}, "expected `data` in .* for table 5.1"),
-        ("4.12", {}, "expected the number of a table in .* the nearest are"),
+        ("4.15", {}, "expected the number of a table in .* the nearest are"),
     ],
 )
 def test_bad_values_are_named(id, options, message, tmp_path):
@@ -141,7 +141,8 @@ def test_bad_values_are_named(id, options, message, tmp_path):
 
 
 def test_options_are_those_of_the_chapter():
-    assert set(table_options("4.5")) == {"preset", "epochs", "repeats"}
+    given = {"preset", "epochs", "repeats", "measure", "rule", "segment_epochs", "workers"}
+    assert set(table_options("4.5")) == given
     assert set(table_options("5.1")) == {"top", "decisions"}
 
 
