@@ -21,7 +21,7 @@ from ..data.folder import LabeledImages
 from ..explain import StageMaps
 from ..networks import load_network
 from ..stages import Staged
-from . import accumulation, attention, decomposition, defects, layercam, segmentation
+from . import accumulation, attention, datasets, decomposition, defects, layercam, segmentation
 from .accumulation import RunKind, given_runs
 from .attention import LABEL_SECONDS
 from .examples import NAMES, Example, generated_examples, given_examples
@@ -41,8 +41,8 @@ __all__ = [
 _FIGURES = dict(
     sorted(
         (
-            attention.FIGURES | layercam.FIGURES | defects.FIGURES | accumulation.FIGURES
-            | segmentation.FIGURES | decomposition.FIGURES
+            attention.FIGURES | datasets.FIGURES | layercam.FIGURES | defects.FIGURES
+            | accumulation.FIGURES | segmentation.FIGURES | decomposition.FIGURES
         ).items(),
         key=lambda entry: tuple(map(int, entry[0].split("."))),
     )
@@ -157,8 +157,8 @@ def make_figure(
         pictures: Pictures to draw, of which the first ones are taken, as many as the figure has
             room for; all for a figure that counts or measures. :class:`Example` objects, a
             :class:`~attnviz.data.folder.LabeledImages` or what :func:`attnviz.images.to_pixels`
-            reads; pictures with masks (:class:`~attnviz.data.masks.MaskedImage`) for figures 3.7
-            to 3.9, 4.8 and 4.9. A labeled picture is explained for its class where the network
+            reads; pictures with masks (:class:`~attnviz.data.masks.MaskedImage`) for figures 2.5,
+            3.7 to 3.9, 4.8 and 4.9. A labeled picture is explained for its class where the network
             knows the name, others for the highest score. None takes generated scenes: the first
             of the validation split that show one object, of a class named beforehand where the
             figure has one, whatever their maps look like.
@@ -180,6 +180,7 @@ def make_figure(
     kind = _FIGURES[number]
     taken = {RunKind: ("runs",), MaskKind: ("masks", "pictures")}
     taken = taken.get(type(kind), ("network", "pictures"))
+    taken = {"1.4": (), "2.5": ("pictures",)}.get(number, taken)
     given = {"network": network, "pictures": pictures, "runs": runs, "masks": masks}
     if idle := [name for name, each in given.items() if each is not None and name not in taken]:
         raise ValueError(
@@ -203,6 +204,9 @@ def make_figure(
         most = None if kind.sample else len(kind.wanted) + kind.several
         examples = given_examples(net, pictures, most)
     figure = kind.draw(net, examples, seed)
+    if not examples:  # a diagram
+        figure.facts = f"figure {number}"
+        return figure
     weights = {key: net.provenance[key] for key in ("weights", "sha256") if key in net.provenance}
     weights = ", ".join(f"{key} {value}" for key, value in weights.items())
     names = ", ".join(each.name for each in examples[:24])

@@ -87,6 +87,44 @@ def _painted(picture: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
     return painted.astype(np.uint8)
 
 
+_WORKS = (
+    (
+        "LayerCAM (chapter 3)", "deep maps are coarse,\nshallow ones noisy",
+        "each place of each feature map\nweighed by its own positive\ngradient; stages fused",
+        "localization, defects,\nsegmentation",
+    ),
+    (
+        "OAA (chapter 4)", "maps cover the most\ndiscriminative parts only",
+        "maps accumulated while the\nclassifier trains; drop layer;\nintegral model",
+        "segmentation,\nlocalization",
+    ),
+    (
+        "gAP (chapter 5)", "maps say where,\nnot by what evidence",
+        "a decision traced to channels,\nstage by stage, as a tree",
+        "diagnosis: failures,\nattacks, context",
+    ),
+)  # fmt: skip
+
+
+def _works(net: Staged, examples: list[Example], seed: int) -> Sheet:
+    heights = {"difficulty": 0.42, "idea": 0.56, "use": 0.42}
+    left, gap = 0.72, 0.2
+    width = (PAGE - left - 0.02) / len(_WORKS)
+    figure, axis = canvas(PAGE, 0.24 + sum(heights.values()) + 2 * gap + 0.04)
+    for column, (title, *texts) in enumerate(_WORKS):
+        x, y = left + column * width, axis.get_ylim()[1] - 0.24
+        put_text(axis, x + width / 2 - 0.05, y + 0.11, title, TEXT)
+        for number, (text, height) in enumerate(zip(texts, heights.values(), strict=True)):
+            if number:
+                put_arrow(axis, (x + width / 2 - 0.05, y), (x + width / 2 - 0.05, y - gap))
+                y -= gap
+            y -= height
+            put_box(axis, x, y, width - 0.1, height, text)
+            if not column:
+                put_text(axis, 0.06, y + height / 2, tuple(heights)[number], TEXT, ha="left")
+    return figure
+
+
 def _concept(net: Staged, examples: list[Example], seed: int) -> Sheet:
     example = examples[0]
     maps = example_maps(net, example, ("gradcam",), [len(net.stage_names)])
@@ -339,6 +377,7 @@ FIGURES = {
         "A deep map is rough and incomplete", _rough, "scenes_conv",
         ("deer", "fire engine", "steamer"),
     ),
+    "1.4": Kind("Three works, and how they are related", _works, wanted=()),
     "2.1": Kind("How CAM weighs feature maps", _cam_pipeline, "scenes_conv", ("deer",)),
     "2.2": Kind("Three families of explainers", _families, "scenes_conv", ("deer",)),
 }  # fmt: skip

@@ -7,18 +7,22 @@ segmentation networks write them; see :mod:`attnviz.segment`.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
 from ..data.masks import IGNORE, MaskedImage, read_label_picture, voc_colors
-from ..data.scenes import Scene, draw_scene
+from ..data.scenes import CLASS_NAMES, Scene, draw_scene
+from ..data.voc import VOC_CLASS_NAMES
 from ..images import to_pixels
 from ..networks import bundled_folder
 from .sheet import COLUMN, PAGE, Sheet, enlarged, greyed, picture_grid
 
 __all__ = ["FIGURES"]
+
+_Truth = tuple[str, UInt8[np.ndarray, "h w 3"], np.ndarray]  # name, picture, mask
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class MaskKind:
 
 
 FIGURES = {
+    "2.5": MaskKind("Pictures of several classes, and their masks", (), COLUMN),
     "3.9": MaskKind("Segmentation with more stages", ("S5", "S5+S4", "S5+S4+S3"), PAGE),
     "4.8": MaskKind("Segmentation by OAA and OAA+", ("OAA", "OAA+"), COLUMN),
     "4.9": MaskKind(
@@ -47,6 +52,9 @@ def draw_masks(
     seed: int,
 ) -> Sheet:
     """Draws a figure; of the bundled folders, or of given ones in the columns' order."""
+    if not kind.columns:
+        items = _crowded(kind.most, pictures, seed)
+        return _drawn(number, kind, {}, items, [_classes(i, mask) for i, _, mask in items])
     if masks is None:
         folder = bundled_folder() / "masks" / number
         masks = {name: folder / name.replace(" ", "_") for name in kind.columns}
@@ -64,22 +72,45 @@ def draw_masks(
             f"{', '.join(str(folder) for folder in folders.values())}, got none"
         )
     items = _items(shared[: kind.most], pictures, seed)
+    return _drawn(number, kind, folders, items, [""] * len(items))
+
+
+def _drawn(
+    number: str, kind: MaskKind, folders: Mapping[str, Path], items: Sequence[_Truth],
+    labels: Sequence[str],
+) -> Sheet:  # fmt: skip
     rows = []
     for image_id, picture, truth in items:
         drawn = [read_label_picture(folder / f"{image_id}.png") for folder in folders.values()]
         rows.append([enlarged(picture), *(_laid(picture, labels) for labels in [truth, *drawn])])
-    titles = ["picture", "true mask", *masks]
-    figure = picture_grid(rows, titles, ["" for _ in rows], kind.width)[0]
+    titles = ["picture", "true mask", *folders]
+    figure = picture_grid(rows, titles, labels, kind.width)[0]
     named = ", ".join(f"{name}: {folder.name}" for name, folder in folders.items())
-    figure.facts = f"figure {number}; masks {named}; {', '.join(i for i, _, _ in items)}"
+    named = f"masks {named}; " if named else ""
+    figure.facts = f"figure {number}; {named}{', '.join(i for i, _, _ in items)}"
     return figure
+
+
+def _crowded(most: int, pictures: Iterable[MaskedImage] | None, seed: int) -> list[_Truth]:
+    # The first pictures whose masks show two classes or more.
+    if pictures is None:
+        found = (_truth(draw_scene(i, split="val", seed=seed, objects="several"))
+                 for i in count())  # fmt: skip
+    else:
+        read = ((item, item.read_mask()) for item in pictures)
+        found = ((item.image_id, to_pixels(item.read()), mask)
+                 for item, mask in read if mask is not None)  # fmt: skip
+    several = (each for each in found if len(set(np.unique(each[2])) - {0, IGNORE}) > 1)
+    if not (chosen := list(islice(several, most))):
+        raise ValueError("expected `pictures` with masks of two classes or more, got none")
+    return chosen
 
 
 def _items(
     image_ids: Sequence[str], pictures: Iterable[MaskedImage] | None, seed: int
-) -> list[tuple[str, UInt8[np.ndarray, "h w 3"], np.ndarray]]:
+) -> list[_Truth]:
     if pictures is None:
-        return [(image_id, *_generated(image_id, seed)) for image_id in image_ids]
+        return [_generated(image_id, seed) for image_id in image_ids]
     known = {item.image_id: item for item in pictures if item.image_id in set(image_ids)}
     lacking = [image_id for image_id in image_ids if image_id not in known]
     if lacking:
@@ -87,15 +118,24 @@ def _items(
     return [(i, to_pixels(known[i].read()), known[i].read_mask()) for i in image_ids]
 
 
-def _generated(image_id: str, seed: int) -> tuple[UInt8[np.ndarray, "h w 3"], np.ndarray]:
+def _generated(image_id: str, seed: int) -> _Truth:
     match = re.fullmatch(r"scenes-(train|val|test)-(\d+)", image_id)
     if match is None:
         raise ValueError(f"expected masks of generated scenes, got {image_id!r}; give `pictures`")
-    scene: Scene = draw_scene(int(match[2]), split=match[1], seed=seed, objects="few")
+    return _truth(draw_scene(int(match[2]), split=match[1], seed=seed, objects="few"))
+
+
+def _classes(image_id: str, mask: np.ndarray) -> str:
+    # The names of what a mask shows, of VOC or of the generated scenes.
+    names = CLASS_NAMES if image_id.startswith("scenes-") else VOC_CLASS_NAMES
+    return ", ".join(names[label - 1] for label in np.unique(mask) if 0 < label < IGNORE)
+
+
+def _truth(scene: Scene) -> _Truth:
     labels = np.zeros(scene.image.shape[:2], np.uint8)
     for each in scene.objects:
         labels[each.mask] = each.class_id + 1
-    return scene.image, labels
+    return scene.image_id, scene.image, labels
 
 
 def _laid(
