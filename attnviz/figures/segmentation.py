@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from jaxtyping import UInt8
@@ -128,7 +129,8 @@ def _generated(image_id: str, seed: int) -> _Truth:
 def _classes(image_id: str, mask: np.ndarray) -> str:
     # The names of what a mask shows, of VOC or of the generated scenes.
     names = CLASS_NAMES if image_id.startswith("scenes-") else VOC_CLASS_NAMES
-    return ", ".join(names[label - 1] for label in np.unique(mask) if 0 < label < IGNORE)
+    shown = ", ".join(names[label - 1] for label in np.unique(mask) if 0 < label < IGNORE)
+    return "\n".join(wrap(shown, 20))
 
 
 def _truth(scene: Scene) -> _Truth:
