@@ -4,6 +4,7 @@ import io
 import json
 import re
 
+import labelled
 import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
@@ -127,6 +128,48 @@ def test_tree_figure_has_a_picture_of_every_node_and_an_edge_to_every_child(tiny
     assert {"cat", "dog"} <= set(words)
 
 
+def test_label_figure_has_the_steps_the_true_outline_the_colors_and_the_settings():
+    panel = labelled.make_panel(cue="affinity", power=6.5)
+    axis = panel.to_figure(3.5).axes[0]
+    steps = panel.render()
+    assert len(axis.images) == len(steps) == 5
+    for image, pixels in zip(axis.images, steps.values()):
+        np.testing.assert_array_equal(image.get_array(), pixels)
+    dark, light = axis.collections[:2]
+    left, right, lower, upper = axis.images[0].get_extent()
+    edges = sum(int((np.diff(panel._truth, axis=side) != 0).sum()) for side in (0, 1))
+    for lines in (dark, light):  # each pixel's side between two labels is drawn, once
+        ends = np.array(lines.get_segments()) - (left, lower)
+        sides = np.abs(np.diff(ends * (64 / (right - left), 48 / (upper - lower)), axis=1))
+        assert round(sides.sum()) == edges
+    assert len(axis.collections) == 2 * 5
+    words = [text.get_text() for text in axis.texts]
+    assert {"boat", "cloud"} <= set(words)
+    tones = [patch.get_facecolor()[:3] for patch in axis.patches]
+    np.testing.assert_allclose(tones, np.array([*panel._tones.values()]) / 255)
+    caption = " ".join(words[-1].split())
+    assert caption == "Rules, background by affinity: conflict 0.9, least 0.01, power 6.5"
+    panel.outlined, panel.method, panel.prediction = False, "superpixels", "with CRF"
+    axis = panel.to_figure().axes[0]
+    assert sum(len(lines.get_segments()) for lines in axis.collections) == 0
+    assert axis.texts[-1].get_text() == "Vote of slic superpixels: background 0.3"
+    assert any(text.get_text().startswith("with CRF, mIoU") for text in axis.texts)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("kind", ["layercam", "player", "tree", "labels"])
+def test_figure_of_no_width_is_refused(kind, tiny, tmp_path):
+    panel = {
+        "layercam": _layercam, "player": lambda: explore_accumulation(record(tmp_path / "run", 2)),
+        "tree": lambda: _tree(tiny), "labels": labelled.make_panel,
+    }[kind]()  # fmt: skip
+    for width in (-1, 0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"`width` from 1 to 100 inches, got {width:g}$"):
+            panel.to_figure(width)
+    with pytest.raises(TypeError, match="`width` in inches, got 'cat.pdf'; to_figure.*savefig"):
+        panel.to_figure("cat.pdf")
+
+
 # ----------------------------------------------------------------------------------------- sizes
 
 
@@ -224,6 +267,12 @@ def test_story_of_no_panel_or_something_else_is_refused(tmp_path):
         save_story(tmp_path / "s.html", ["text"], title="t")
     with pytest.raises(TypeError, match="expected Markdown or panels in `parts`, got int"):
         save_story(tmp_path / "s.html", [3, _layercam()], title="t")
+    with pytest.raises(TypeError, match="Markdown or panels in `parts`, got MetaHasTraits"):
+        save_story(tmp_path / "s.html", [LayerCAMPanel], title="t")
+    for bare, name in ((_layercam(), "LayerCAMPanel"), ("text", "str"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"in `parts`, got {name}; write \[panel\] for one"):
+            save_story(tmp_path / "s.html", bare, title="t")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_picture_in_the_text_is_taken_into_the_page(tmp_path):

@@ -206,22 +206,35 @@ def test_large_pictures_are_shown_smaller_with_all_that_belongs_to_them():
     ("parts", "message"),
     [
         ({"maps": {}}, "at least one class in `maps`, got none"),
-        ({"maps": {4: np.ones((2, 2))}}, "classes of `maps` from 0 to 3, each with a .*got 4"),
-        ({"maps": {-1: np.ones((2, 2))}}, "classes of `maps` from 0 to 3, .*got -1"),
+        ({"maps": {4: np.ones((2, 2))}}, "classes of `maps` as .* from 0 to 3, each .*got 4"),
+        ({"maps": {-1: np.ones((2, 2))}}, "classes of `maps` as .* from 0 to 3, .*got -1"),
         ({"maps": np.ones((2, 2))}, r"`maps` of shape \(k, h, w\), got \(2, 2\)"),
-        ({"maps": {0: np.full((2, 2), np.nan)}}, "finite maps of shape"),
+        ({"maps": {0.5: np.ones((2, 2))}}, "maps` as whole numbers from 0 to 3, .*got 0.5"),
+        ({"maps": {0: np.full((2, 2), np.nan)}}, "finite maps, got NaN or infinity; check the"),
+        ({"maps": {0: np.full((40, 40), np.inf)}}, "finite maps, got NaN or infinity"),
+        ({"maps": {0: np.ones((0, 0))}}, r"maps of shape \(h, w\), at least 1 x 1, got \(0, 0\)"),
+        ({"class_names": []}, "a name for each class in `class_names`, got none"),
         ({"truth": np.zeros((8, 9))}, "mask of 18 x 22 in `truth`, .*got 8 x 9; do the two"),
         ({"truth": np.full((18, 22), 0.5)}, "labels from 0 to 255 in `truth`, got 0.5 to 0.5"),
         ({"predictions": np.full((18, 22), 300)}, "in `predictions`, got 300 to 300"),
         ({"saliency": np.full((18, 22), 1.5)}, r"`saliency` of shape \(h, w\) in \[0, 1\].*1.5"),
         ({"saliency": np.full((18, 22), np.nan)}, r"`saliency` of shape .*nan"),
+        ({"saliency": np.ones((0, 3))}, r"`saliency` of shape .*got \(0, 3\) from nan to nan"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(parts, message):
-    given = {"maps": {0: np.ones((2, 3))}} | parts
+    given = {"maps": {0: np.ones((2, 3))}, "class_names": NAMES} | parts
     with pytest.raises(ValueError, match=message) as error:
-        explore_labels(np.zeros((18, 22, 3), np.uint8), given.pop("maps"), NAMES, **given)
+        explore_labels(np.zeros((18, 22, 3), np.uint8), **given)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("name", ["maps", "saliency", "truth", "predictions"])
+def test_text_is_no_map_and_no_mask(name):
+    given = {"maps": {0: np.ones((2, 3))}} | {name: np.full((1, 18, 22), "a")}
+    with pytest.raises(TypeError, match="expected maps and masks of real numbers, got <U1"):
+        explore_labels(np.zeros((18, 22, 3), np.uint8), class_names=NAMES, **given)
 
 
 @pytest.mark.parametrize(

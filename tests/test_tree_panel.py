@@ -1,4 +1,5 @@
 import base64
+import copy
 import io
 import json
 import re
@@ -590,6 +591,33 @@ def test_each_picture_has_its_own_evidence_which_is_made_once(net, monkeypatch):
     assert panel.state["_data"]["image"] == first["_data"]["image"]
     with pytest.raises(TraitError, match=r"`image_index` in \[0, 2\), got 2; the panel has 2"):
         panel.image_index = 2
+
+
+@pytest.mark.parametrize("part", ["attnviz.panels.tree.evidence", "attnviz.tree.Evidence.expand"])
+def test_picture_whose_evidence_fails_leaves_the_one_before(net, monkeypatch, part):
+    panel = explore_evidence(net, [_picture(seed=0), _picture(seed=1)], ["cat", "dog"])
+    before, picture = copy.deepcopy(panel.state), panel.picture()
+    sent = []
+    monkeypatch.setattr(panel, "_send", lambda message, buffers=None: sent.append(message))
+
+    def fail(*_, **__):
+        raise RuntimeError("not enough\nmemory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part, fail)
+        with pytest.raises(RuntimeError, match="not enough"):
+            panel.image_index = 1
+        with pytest.raises(RuntimeError, match="not enough"):
+            panel.set_state({"image_index": 1})  # as the browser sets it
+    updates = [message["state"] for message in sent if message["method"] == "update"]
+    assert updates[-1] == {"image_index": 0}
+    words = [message["content"] for message in sent if message["method"] == "custom"]
+    assert words[-1] == {"picture": 1, "error": "not enough memory"}
+    assert panel.state == before
+    np.testing.assert_array_equal(panel.picture(), picture)
+    panel.selected = f"0/3:{panel.children()[1].channel}"  # what was there can be used
+    panel.image_index = 1
+    assert panel.state["_data"]["index"] == 1
 
 
 def test_class_of_another_panel_can_be_linked(panel):

@@ -156,9 +156,14 @@ def save_story(
     Example:
         ``save_story("talk.html", ["Look at **stage 1**:", panel, "And why:", tree], title="Cat")``
     """
+    if isinstance(parts, str) or not isinstance(parts, Sequence):
+        raise TypeError(
+            f"expected a list of Markdown and panels in `parts`, got {type(parts).__name__}; "
+            "write [panel] for one"
+        )
     panels = [part for part in parts if not isinstance(part, str)]
     for panel in panels:
-        if not hasattr(panel, "save_html"):
+        if not isinstance(panel, traitlets.HasTraits) or not hasattr(panel, "save_html"):
             raise TypeError(f"expected Markdown or panels in `parts`, got {type(panel).__name__}")
     if not panels:
         raise ValueError("expected at least one panel in `parts`, got none")

@@ -25,18 +25,16 @@ from .panel import (
     Panel,
     Picture,
     Setting,
+    ask,
     check_index,
     check_lengths,
     check_network,
     check_settings,
-    choose_classes,
-    class_name,
-    class_scores,
+    check_width,
     encode_picture,
     image_name,
     palettes,
     quantize,
-    read_image,
     require,
     source,
     wrapped,
@@ -198,6 +196,7 @@ class LayerCAMPanel(Panel):
         """
         from ..figures.sheet import TEXT, TINY, canvas, put_image, put_outline, put_text
 
+        check_width(width)
         full_size = self._pictures[self.image_index].full_size
         pixels = self.render()
         caption = wrapped(self._caption(), width, TEXT)
@@ -374,12 +373,11 @@ def explore_stages(
         names = [image_name(image, number) for number, image in enumerate(images, 1)]
     pictures, entries, stacks = [], [], []
     for image, asked in zip(images, class_ids, strict=True):
-        tensor, pixels = read_image(net, image)
-        scores = class_scores(net, tensor)
-        chosen = choose_classes(net, scores, asked, classes)
+        tensor, pixels, _, shown = ask(net, image, asked, classes)
+        chosen = [number for number, *_ in shown]
         found = stage_maps(net, tensor, [chosen], methods, gradient_at=gradient_at)
         pictures.append(pixels)
-        entries.append([(number, class_name(net, number), scores[number]) for number in chosen])
+        entries.append(shown)
         stacks.append(
             [
                 {

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.resources import files
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import anywidget
 import numpy as np
 import torch
 import traitlets
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +30,8 @@ from ..stages import Staged
 from .export import save_page
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ..figures.sheet import Sheet
 
 __all__ = ["Panel"]
@@ -37,6 +39,7 @@ __all__ = ["Panel"]
 ClassId = int | str | Sequence[int | str] | None
 Picture = Image.Image | np.ndarray | str | Path
 Setting = bool | int | float | str | Sequence[int] | Sequence[str]
+Line = tuple[int, int, int, int]
 
 EXACT_BYTES = 32_000
 """Pictures that take no more than this as PNG are sent so, larger ones as JPEG."""
@@ -100,6 +103,7 @@ class Panel(anywidget.AnyWidget):
         """
         from ..figures.sheet import canvas, put_image  # matplotlib, which a panel does without
 
+        check_width(width)
         pixels = self.picture()
         figure, axis = canvas(width, width * pixels.shape[0] / pixels.shape[1])
         put_image(axis, pixels, 0, 0, width)
@@ -163,6 +167,16 @@ def check_lengths(count: int, **given: Sequence[object]) -> None:
             )
 
 
+def check_width(width: float) -> None:
+    """Raises an error unless a figure can be so many inches wide."""
+    if not isinstance(width, Real):
+        raise TypeError(
+            f"expected `width` in inches, got {width!r}; to_figure().savefig(name) saves a figure"
+        )
+    if not 1 <= width <= 100:
+        raise ValueError(f"expected `width` from 1 to 100 inches, got {width:g}")
+
+
 def check_settings(settings: dict[str, Setting], panel: type[Panel]) -> None:
     """Raises a TypeError if a panel has no such setting; traitlets alone would drop it."""
     known = [
@@ -176,6 +190,38 @@ def check_settings(settings: dict[str, Setting], panel: type[Panel]) -> None:
             raise TypeError(
                 f"expected a setting of the panel, got `{name}`; the nearest are {near}"
             )
+
+
+# ------------------------------------------------------------------------------------- outlines
+
+
+def borders(labels: Shaped[np.ndarray, "h w"]) -> list[Line]:
+    """Returns the lines between pixels of different labels, ``(x0, y0, x1, y1)``."""
+    lines = []
+    for turned in (False, True):
+        field = labels.T if turned else labels
+        for row, edge in enumerate(field[1:] != field[:-1], 1):
+            ends = np.flatnonzero(np.diff(edge, prepend=False, append=False))
+            for start, end in ends.reshape(-1, 2).tolist():
+                lines.append((row, start, row, end) if turned else (start, row, end, row))
+    return lines
+
+
+def put_lines(
+    axis: "Axes", lines: Sequence[Line], size: tuple[int, int],
+    place: tuple[float, float, float, float], color: str,
+) -> None:  # fmt: skip
+    """Draws lines of a picture of `size` that is at `place` in a figure, over dark ones."""
+    from matplotlib.collections import LineCollection
+
+    x, y, width, height = place
+    across, down = width / size[1], height / size[0]
+    ends = [
+        [(x + x0 * across, y + height - y0 * down), (x + x1 * across, y + height - y1 * down)]
+        for x0, y0, x1, y1 in lines
+    ]
+    for tone, thick in (("black", 1.8), (color, 1.0)):
+        axis.add_collection(LineCollection(ends, colors=tone, linewidths=thick), autolim=False)
 
 
 # ------------------------------------------------------------------------------ what is sent once
@@ -209,11 +255,19 @@ def encode_picture(
     return pixels, size | {"mime": mime, "image": encoded}
 
 
+def check_map(map: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
+    """Returns a map in double precision, or raises a ValueError if it can't be drawn."""
+    map = np.asarray(map, np.float64)
+    if map.ndim != 2 or map.size == 0:
+        raise ValueError(f"expected maps of shape (h, w), at least 1 x 1, got {map.shape}")
+    if not np.isfinite(map).all():
+        raise ValueError("expected finite maps, got NaN or infinity; check the network")
+    return map
+
+
 def quantize(map: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     """Returns a map in 256 levels of its largest value; negative values are 0."""
-    map = np.asarray(map, np.float64)
-    if map.ndim != 2 or not np.isfinite(map).all():
-        raise ValueError(f"expected finite maps of shape (h, w), got shape {map.shape}")
+    map = check_map(map)
     peak = map.max()
     if peak <= 0:
         return np.zeros(map.shape, np.uint8)
@@ -232,18 +286,34 @@ def check_network(net: Staged) -> None:
         )
 
 
-def read_image(net: Staged, image: Picture | Tensor) -> tuple[Tensor, UInt8[np.ndarray, "h w 3"]]:
-    """Returns the tensor that the network sees and the pixels that the reader sees."""
+def ask(
+    net: Staged, image: Picture | Tensor, asked: ClassId, classes: int
+) -> tuple[Tensor, UInt8[np.ndarray, "h w 3"], list[float], list[tuple[int, str, float]]]:
+    """Asks a network about a picture.
+
+    Returns:
+        The tensor that the network sees, the pixels that the reader sees, the score of every
+        class, and of the classes asked for and the `classes` best ones ``(id, name, score)``.
+    """
+    tensor, pixels = _read_image(net, image)
+    scores = _class_scores(net, tensor)
+    chosen = _choose_classes(net, scores, asked, classes)
+    names = net.class_names or {number: f"class {number}" for number in chosen}
+    entries = [(number, str(names[number]), scores[number]) for number in chosen]
+    return tensor, pixels, scores, entries
+
+
+def _read_image(net: Staged, image: Picture | Tensor) -> tuple[Tensor, UInt8[np.ndarray, "h w 3"]]:
     if isinstance(image, Tensor):
         mean, std = (torch.tensor(values)[:, None, None] for values in (net.mean, net.std))
         pixels = ((image.detach().float().cpu() * std + mean).clamp(0, 1) * 255).round().byte()
-        return image[None], pixels.permute(1, 2, 0).contiguous().numpy()
+        return image[None].to(net.device, net.dtype), pixels.permute(1, 2, 0).contiguous().numpy()
     pixels = to_pixels(image)
     return net.preprocess(pixels), pixels
 
 
-def class_scores(net: Staged, tensor: Tensor) -> list[float]:
-    """Returns the score of every class for an image; two for a network with one output."""
+def _class_scores(net: Staged, tensor: Tensor) -> list[float]:
+    # Of every class; two for a network with one output.
     output = net(tensor)
     if not isinstance(output, Tensor) or output.ndim not in (1, 2):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -252,8 +322,8 @@ def class_scores(net: Staged, tensor: Tensor) -> list[float]:
     return scores if len(scores) > 1 else [-scores[0], scores[0]]  # classes 0 and 1, as explain
 
 
-def choose_classes(net: Staged, scores: list[float], asked: ClassId, classes: int) -> list[int]:
-    """Returns the classes asked for, then the best scoring ones, `classes` of them."""
+def _choose_classes(net: Staged, scores: list[float], asked: ClassId, classes: int) -> list[int]:
+    # The classes asked for, then the best scoring ones, `classes` of them.
     if asked is None:
         asked = []
     elif isinstance(asked, str | Integral):
@@ -261,11 +331,6 @@ def choose_classes(net: Staged, scores: list[float], asked: ClassId, classes: in
     numbers = [net.class_id(each if isinstance(each, str) else int(each)) for each in asked]
     best = sorted(range(len(scores)), key=lambda number: -scores[number])[: max(classes, 1)]
     return list(dict.fromkeys(numbers)) + [number for number in best if number not in numbers]
-
-
-def class_name(net: Staged, number: int) -> str:
-    """Returns the name of a class, or its number where the network has no names."""
-    return str(net.class_names[number]) if net.class_names else f"class {number}"
 
 
 def image_name(image: Picture | Tensor, number: int) -> str:

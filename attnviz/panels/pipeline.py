@@ -8,8 +8,9 @@ network's masks are handed to :func:`explore_labels`.
 
 import zlib
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from os import PathLike
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,7 +32,24 @@ from ..labels import (
     superpixel_mean,
     superpixels,
 )
-from .panel import Panel, check_settings, encode_picture, palettes, quantize, require, source
+from .panel import (
+    Line,
+    Panel,
+    borders,
+    check_map,
+    check_settings,
+    check_width,
+    encode_picture,
+    palettes,
+    put_lines,
+    quantize,
+    require,
+    source,
+    wrapped,
+)
+
+if TYPE_CHECKING:
+    from ..figures.sheet import Sheet
 
 __all__ = ["LabelPanel", "explore_labels"]
 
@@ -43,6 +61,10 @@ Setting = bool | int | float | str
 
 LONGEST_SIDE = 512
 """Pictures are shown with at most this many pixels a side; PASCAL VOC's keep their own."""
+
+_USED = {
+    "saliency": ("floor", "salient", "strong"), "affinity": ("power",), "constant": ("constant",),
+}  # fmt: skip
 
 TONES = (
     (255, 140, 40), (60, 180, 255), (70, 215, 140), (240, 120, 200), (250, 220, 60),
@@ -247,13 +269,68 @@ class LabelPanel(Panel):
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
         for number, (name, pixels) in enumerate(steps.items()):
             shown = Image.fromarray(pixels).resize(cell, Image.Resampling.LANCZOS)
-            if self.outlined and self._truth is not None:
-                pen = ImageDraw.Draw(shown)
-                for line in _borders(self._truth):
-                    pen.line([round(value * factor) for value in line], fill="white", width=1)
+            pen = ImageDraw.Draw(shown)
+            for line in self._outline:
+                pen.line([round(value * factor) for value in line], fill="white", width=1)
             draw.text((number * step, 2), titles[name], fill=(30, 32, 36), font=font)
             sheet.paste(shown, (number * step, 22))
         return np.asarray(sheet)
+
+    def to_figure(self, width: float = 7.0) -> "Sheet":
+        """Returns what is on screen as a matplotlib figure, for a paper: steps, colors, settings.
+
+        Lines and text are lines and text in it, so save it as PDF or SVG with ``savefig``.
+
+        Args:
+            width: Width of the figure in inches.
+        """
+        from matplotlib.patches import Rectangle
+
+        from ..figures.sheet import SMALL, TINY, canvas, put_image, put_text
+
+        check_width(width)
+        steps, titles, outline = self.render(), self._titles(), self._outline
+        gap, line = 0.08, 0.13
+        cell = (width - gap * (len(steps) - 1)) / len(steps)
+        size = self._pixels.shape[:2]
+        tall = cell * size[0] / size[1]
+        columns = max(int(width / 1.2), 1)  # of the names below
+        above = [wrapped(titles[name], cell, SMALL) for name in steps]
+        names = {
+            number: wrapped(self._names[number], width / columns - 0.25, SMALL)
+            for number in self._tones
+        }
+        caption = wrapped(self._caption(), width, TINY)
+        rows = [list(names)[k : k + columns] for k in range(0, len(names), columns)]
+        lines = [max(names[number].count("\n") + 1 for number in row) for row in rows]
+        below = 0.14 + line * (caption.count("\n") + 1 + sum(lines))
+        top = 0.08 + line * max(text.count("\n") + 1 for text in above)
+        figure, axis = canvas(width, below + tall + top)
+        look = {"ha": "left", "va": "top", "parse_math": False}
+        for number, (text, pixels) in enumerate(zip(above, steps.values(), strict=True)):
+            x = number * (cell + gap)
+            put_image(axis, pixels, x, below, cell)
+            put_lines(axis, outline, size, (x, below, cell, tall), "white")
+            put_text(axis, x, below + tall + 0.04, text, SMALL, **look | {"va": "bottom"})
+        y = below - 0.06
+        for row, count in zip(rows, lines, strict=True):
+            for place, number in enumerate(row):
+                x, tone = place * width / columns, np.array(self._tones[number]) / 255
+                axis.add_patch(Rectangle((x, y - 0.1), 0.1, 0.1, facecolor=tone))
+                put_text(axis, x + 0.15, y, names[number], SMALL, **look)
+            y -= line * count
+        put_text(axis, 0, y - 0.04, caption, TINY, **look)
+        return figure
+
+    def _caption(self) -> str:
+        # What made the labels: the thresholds in use, as the browser writes them too.
+        if self.method == "superpixels":
+            how, used = f"Vote of {self.regions} superpixels", ["background"]
+        else:
+            how = f"Rules, background by {self.cue}"
+            how += f", maps averaged over {self.regions} superpixels" if self.averaged else ""
+            used = ["conflict", "least", *_USED[self.cue]]
+        return f"{how}: {', '.join(f'{name} {round(getattr(self, name), 3):g}' for name in used)}"
 
     def __repr__(self) -> str:
         network = f"{self._network}, " if self._network else ""
@@ -276,6 +353,11 @@ class LabelPanel(Panel):
     @property
     def _cue_of_saliency(self) -> Float[Tensor, "h w"]:
         return torch.from_numpy(self._saliency / 255)
+
+    @property
+    def _outline(self) -> list[Line]:
+        # Of the true objects, where it is drawn.
+        return borders(self._truth) if self.outlined and self._truth is not None else []
 
     @property
     def _masks(self) -> list[int]:
@@ -436,7 +518,10 @@ def explore_labels(
 
 
 def _array(values: Array) -> Shaped[np.ndarray, "..."]:
-    return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+    values = values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+    if values.dtype.kind not in "buif":
+        raise TypeError(f"expected maps and masks of real numbers, got {values.dtype}")
+    return values
 
 
 def _check(
@@ -446,17 +531,21 @@ def _check(
 ) -> None:
     if not maps:
         raise ValueError("expected at least one class in `maps`, got none")
-    wrong = [number for number in maps if not 0 <= number < min(len(class_names), IGNORE - 1)]
-    if wrong:
-        raise ValueError(
-            f"expected classes of `maps` from 0 to {min(len(class_names), IGNORE - 1) - 1}, "
-            f"each with a name in `class_names`, got {wrong[0]}"
-        )
+    if class_names is None or len(class_names) == 0:
+        raise ValueError("expected a name for each class in `class_names`, got none")
+    last = min(len(class_names), IGNORE - 1) - 1
+    for number in maps:
+        if not (isinstance(number, Integral) and 0 <= number <= last):
+            raise ValueError(
+                f"expected classes of `maps` as whole numbers from 0 to {last}, each with a name "
+                f"in `class_names`, got {number!r}"
+            )
 
 
 def _levels(map: Num[np.ndarray, "_ _"], size: tuple[int, int]) -> UInt8[np.ndarray, "_ _"]:
     # A map in 256 levels; one larger than the picture is shown is reduced to that first.
-    if map.ndim == 2 and (map.shape[0] > size[0] or map.shape[1] > size[1]):
+    map = check_map(map)
+    if map.shape[0] > size[0] or map.shape[1] > size[1]:
         map = _resized(map, size)
     return quantize(map)
 
@@ -464,10 +553,11 @@ def _levels(map: Num[np.ndarray, "_ _"], size: tuple[int, int]) -> UInt8[np.ndar
 def _saliency(values: Num[np.ndarray, "_ _"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
     if values.dtype == np.uint8:
         values = values / 255
-    if values.ndim != 2 or not (values.min() >= 0 and values.max() <= 1):
+    low, high = (values.min(), values.max()) if values.size else (np.nan, np.nan)
+    if values.ndim != 2 or not (low >= 0 and high <= 1):
         raise ValueError(
             f"expected `saliency` of shape (h, w) in [0, 1], got {values.shape} from "
-            f"{values.min():g} to {values.max():g}"
+            f"{low:g} to {high:g}"
         )
     resized = values if values.shape == size else _resized(values, size)
     return np.floor(np.clip(resized, 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -530,15 +620,3 @@ def _mix(
 ) -> Int[np.ndarray, "*n 3"]:
     # Whole numbers, so that the browser gets the same: `weight` of 256 is the color alone.
     return ((256 - weight) * pixels.astype(np.int64) + weight * color + 128) >> 8
-
-
-def _borders(labels: UInt8[np.ndarray, "h w"]) -> list[tuple[int, int, int, int]]:
-    """Returns the lines between pixels of different labels, ``(x0, y0, x1, y1)``."""
-    lines = []
-    for turned in (False, True):
-        field = labels.T if turned else labels
-        for row, edge in enumerate(field[1:] != field[:-1], 1):
-            ends = np.flatnonzero(np.diff(edge, prepend=False, append=False))
-            for start, end in ends.reshape(-1, 2).tolist():
-                lines.append((row, start, row, end) if turned else (start, row, end, row))
-    return lines

@@ -25,12 +25,16 @@ from .. import colors
 from ..cam import resize
 from ..evolution import Evolution, load_evolution, request_stop
 from .panel import (
+    Line,
     Panel,
     Setting,
+    borders,
     check_index,
     check_settings,
+    check_width,
     encode_picture,
     palettes,
+    put_lines,
     require,
     source,
 )
@@ -257,6 +261,7 @@ class EvolutionPlayer(Panel):
         """
         from ..figures.sheet import SMALL, TEXT, canvas, put_image, put_text
 
+        check_width(width)
         picture, entry = self._now
         curves = self.curve()
         columns = [picture.pixels, *self.render()]
@@ -277,7 +282,8 @@ class EvolutionPlayer(Panel):
             if self.contour and number:
                 regions.append((self.found(number - 1), "#00e5ff"))
             for region, color in regions:
-                _put_region(axis, region, (x, below, cell, tall), color)
+                place = (x, below, cell, tall)
+                put_lines(axis, _outline(region), region.shape, place, color)
             name = self._series[number - 1].name if number else entry.name
             tone = _TONES[number - 1] if number else "black"
             put_text(
@@ -737,23 +743,6 @@ def _training_curves(
     }
 
 
-def _put_region(
-    axis: "Axes", region: Bool[np.ndarray, "h w"], place: tuple[float, float, float, float],
-    color: str,
-) -> None:  # fmt: skip
-    # The outline of a region of a picture that is drawn at `place`, over a dark one.
-    from matplotlib.collections import LineCollection
-
-    x, y, width, height = place
-    across, down = width / region.shape[1], height / region.shape[0]
-    lines = [
-        [(x + x0 * across, y + height - y0 * down), (x + x1 * across, y + height - y1 * down)]
-        for x0, y0, x1, y1 in _outline(region)
-    ]
-    for tone, thick in (("black", 1.8), (color, 1.0)):
-        axis.add_collection(LineCollection(lines, colors=tone, linewidths=thick), autolim=False)
-
-
 # -------------------------------------------------------------------- what the browser draws too
 
 
@@ -798,14 +787,6 @@ def _rates(
     )
 
 
-def _outline(mask: Bool[np.ndarray, "h w"]) -> list[tuple[int, int, int, int]]:
-    """Returns the edges of a region as lines between pixels, ``(x0, y0, x1, y1)``."""
-    padded = np.pad(mask, 1)
-    lines = []
-    for turned in (False, True):
-        field = padded.T if turned else padded
-        for row, edge in enumerate(field[1:] != field[:-1]):
-            steps = np.flatnonzero(np.diff(np.concatenate(([0], edge[1:-1], [0]))))
-            for start, end in steps.reshape(-1, 2).tolist():
-                lines.append((row, start, row, end) if turned else (start, row, end, row))
-    return lines
+def _outline(mask: Bool[np.ndarray, "h w"]) -> list[Line]:
+    """Returns the edges of a region as lines between pixels, those of the picture included."""
+    return [tuple(value - 1 for value in line) for line in borders(np.pad(mask, 1))]

@@ -37,18 +37,16 @@ from .panel import (
     Panel,
     Picture,
     Setting,
+    ask,
     check_index,
     check_lengths,
     check_network,
     check_settings,
-    choose_classes,
-    class_name,
-    class_scores,
+    check_width,
     encode_picture,
     image_name,
     palettes,
     quantize,
-    read_image,
     require,
     source,
     wrapped,
@@ -218,9 +216,18 @@ class TreePanel(Panel):
             return
         offered = [int(number) for number, *_ in self._classes[self.image_index]]
         shown = self.class_id if self.class_id in offered else offered[0]
+        before, wanted = self._at, self.image_index
         with self._lock, self.hold_sync():
-            self._enter(self.image_index, shown)
-            self._data = self._scenes[self.image_index].data
+            try:  # all that may fail, before any other trait is changed
+                self._enter(wanted, shown)
+                for best in self._children(shown, f"class:{shown}")[:1]:
+                    self._children(shown, best.id)
+            except BaseException as error:
+                self._enter(before, self.class_ids[0])
+                self.image_index = before
+                self.send({"picture": wanted, "error": _line(error)})
+                raise
+            self._data = self._scenes[wanted].data
             self.class_ids, self.selected, self.opened = [shown], str(shown), [str(shown)]
             self._open_best()
 
@@ -333,6 +340,7 @@ class TreePanel(Panel):
     def _packet(
         self, made: Mapping[Evidence, Sequence[str]], sketches: Sequence[Sequence] = ()
     ) -> dict[str, object]:
+        packets = self._scenes[self._at].data["packets"]
         block, records, named = [], [], [name for name, _ in sketches]
         for tree, key in ((tree, key) for tree, keys in made.items() for key in keys):
             parent = CLASS if key.startswith("class:") else key
@@ -359,14 +367,14 @@ class TreePanel(Panel):
                 "note": tree.note if parent == CLASS else None,
             })  # fmt: skip
         packet = {
-            "number": len(self._data["packets"]),
+            "number": len(packets),
             "picture": self._at,
             "nodes": [_record(self._node(name)) for name in dict.fromkeys(named)],
             "families": records,
             "maps": zlib.compress(b"".join(block), 9) if block else b"",
             "sketches": list(sketches),
         }
-        self._data["packets"].append(packet)
+        packets.append(packet)
         return packet
 
     def _children(self, class_id: int, key: str) -> list[Node]:
@@ -422,7 +430,7 @@ class TreePanel(Panel):
         if error is None:
             self._tell(request["id"], job.result())
         else:
-            self.send({"id": request["id"], "error": " ".join(str(error).split())})
+            self.send({"id": request["id"], "error": _line(error)})
 
     def _tell(self, number: str | None, packet: dict[str, object] | None) -> None:
         if packet is None:
@@ -551,6 +559,7 @@ class TreePanel(Panel):
 
         from ..figures.sheet import canvas, put_image, put_text
 
+        check_width(width)
         pixel = 1 / 96  # inches of a pixel of the page
         trees = [self._lay_out(number) for number in self.class_ids]
         wide = max(x + _CARD for tree in trees for x, _ in tree.places.values()) + 64
@@ -706,16 +715,11 @@ def explore_evidence(
         names = [image_name(image, number) for number, image in enumerate(images, 1)]
     tensors, pictures, entries = [], [], []
     for image, asked in zip(images, class_ids, strict=True):
-        tensor, pixels = read_image(net, image)
-        tensor = tensor.to(net.device, net.dtype)
-        scores = class_scores(net, tensor)
+        tensor, pixels, scores, offered = ask(net, image, asked, classes)
         probabilities = net.probabilities(torch.tensor([scores]))[0].tolist()
         tensors.append(tensor)
         pictures.append(pixels)
-        entries.append(
-            [(number, class_name(net, number), scores[number], probabilities[number])
-             for number in choose_classes(net, scores, asked, classes)]
-        )  # fmt: skip
+        entries.append([(*entry, probabilities[entry[0]]) for entry in offered])
     index = settings.get("image_index", 0)
     at = index if isinstance(index, int) and 0 <= index < len(images) else 0
     asked = class_ids[at]
@@ -816,6 +820,10 @@ def _parse(link: str) -> Link:
         raise ValueError("a link looks like 281/5:112/4:57: the class, then stage:channel")
     first, *rest = link.split("/")
     return int(first), [tuple(map(int, part.split(":"))) for part in rest]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _nodes(*keys: str) -> list[str]:

@@ -26,6 +26,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from notebooks import READY, python, watched, write_notebook  # noqa: E402 - beside this file
+
 
 @pytest.fixture(scope="session")
 def chromium():
@@ -94,6 +96,7 @@ def lab(tmp_path_factory):
         *(f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1"),
         *("--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.port_retries=0"),
         *("--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder / 'work'}"),
+        "--JupyterNotebookApp.expose_app_in_browser=True",  # the server has both front ends
     ]
     address = f"http://127.0.0.1:{port}"
     with (folder / "log").open("wb") as log:
@@ -110,6 +113,41 @@ def lab(tmp_path_factory):
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
+
+
+SWITCH = """async ([path, id]) => {
+  window.jupyterapp.shell.currentWidget.dispose();
+  await window.jupyterapp.commands.execute("docmanager:open", { path, kernel: { id } });
+}"""
+
+
+@pytest.fixture(scope="session")
+def open_notebook(lab, chromium):
+    """Runs cells as a notebook of JupyterLab; one page and one kernel serve all of them."""
+    address, folder = lab
+    context = chromium.new_context()
+    context.set_default_timeout(30_000)
+    page, kernel = watched(context), None
+
+    def opener(name, *cells, width=1280, height=900):
+        nonlocal kernel
+        write_notebook(folder / f"{name}.ipynb", *cells)
+        page.set_viewport_size({"width": width, "height": height})
+        if kernel is None:
+            page.goto(f"{address}/doc/tree/{name}.ipynb")
+            page.wait_for_function("window.jupyterapp !== undefined")
+        else:
+            python(page, "import ipywidgets; ipywidgets.Widget.close_all()")
+            page.evaluate(SWITCH, [f"{name}.ipynb", kernel])
+        kernel = page.evaluate(READY)
+        assert kernel is not None
+        page.outside.clear()
+        page.problems.clear()
+        page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        return page
+
+    yield opener
+    context.close()
 
 
 def _wait_for(address, server, log):

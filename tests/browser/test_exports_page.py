@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from recorded import record
 from sample import make_panel
-from test_layercam import TWO_FRAMES, _assert_same, _slide
+from test_layercam import _assert_same, _slide
 
 from attnviz import explore_evidence, explore_stages, load_network
 from attnviz.data.scenes import Scenes
 from attnviz.panels import explore_accumulation, save_story
+from notebooks import TWO_FRAMES
 
 pytestmark = pytest.mark.browser
 

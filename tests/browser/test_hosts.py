@@ -3,18 +3,18 @@
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
+import statistics
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
-from conftest import _free_port, _wait_for
 from PIL import Image
+from pointer import PANELS, follow_pointer, report
 from sample import make_panel, settles
-from test_layercam import READY, RUN, TWO_FRAMES, _assert_same, _is_local
+from test_layercam import _assert_same
+
+from notebooks import READY, TWO_FRAMES, python, watched
 
 pytestmark = pytest.mark.browser
 
@@ -26,7 +26,7 @@ from recorded import PAIRS, record
 import attnviz
 from attnviz.data.scenes import Scenes
 from attnviz.panels import LayerCAMPanel
-player = attnviz.explore_accumulation(record("run", 6))
+player = attnviz.explore_accumulation(record("run", 12))
 maps = [np.random.default_rng(k).random((6, 8)) for k in range(3)]
 shown = [each.pixels for each in player._pictures]
 panel = LayerCAMPanel(
@@ -42,36 +42,25 @@ jslink((panel, "class_id"), (player, "class_id"))
 jslink((panel, "class_id"), (tree, "class_id"))"""
 
 
-def _write_notebook(path, *cells):
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source) for source in cells]
-    )
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, path)
-
-
-def _watched(context):
-    page = context.new_page()
-    context.set_default_timeout(30_000)
-    page.outside, page.problems = [], []
-    page.on("request", lambda r: None if _is_local(r.url) else page.outside.append(r.url))
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
+@pytest.fixture(scope="module")
+def linked(open_notebook):
+    code = LINKED.format(tests=str(Path(__file__).parents[1]))
+    page = open_notebook("linked", code, "panel", "player", "tree", height=3600)
+    page.locator(".attnviz-evidence [role=treeitem]").first.wait_for(timeout=90_000)
     return page
 
 
-def test_class_and_picture_of_one_panel_drive_the_others_in_jupyterlab(lab, chromium):
-    address, folder = lab
-    code = LINKED.format(tests=str(Path(__file__).parents[1]))
-    _write_notebook(folder / "linked.ipynb", code, "panel", "player", "tree")
-    context = chromium.new_context(viewport={"width": 1280, "height": 3600})
-    page = _watched(context)
-    page.goto(f"{address}/doc/tree/linked.ipynb")
-    page.wait_for_function("window.jupyterapp !== undefined")
-    assert page.evaluate(READY)
-    page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.locator(".attnviz-evidence [role=treeitem]").first.wait_for(timeout=90_000)
-    player, tree = page.locator(".attnviz-player"), page.locator(".attnviz-evidence")
-    layercam = page.locator(".attnviz-panel:not(.attnviz-player):not(.attnviz-evidence)")
+def _parts(page):
+    return [page.locator(PANELS[kind]) for kind in ("layercam", "player", "tree")]
+
+
+STATE = "print([(each.image_index, each.class_id) for each in (panel, player, tree)])"
+
+
+def test_class_and_picture_of_one_panel_drive_the_others_in_jupyterlab(linked):
+    layercam, player, tree = _parts(linked)
+    python(linked, "panel.image_index, panel.class_id = 0, 0")
+    tree.locator("[role=treeitem][data-link='0']").wait_for()
     layercam.get_by_role("radio", name="ship").check()
     tree.locator("[role=treeitem][data-link='2']").wait_for()
     assert settles(lambda: player.get_by_label("Class", exact=True).input_value(), "2")
@@ -80,69 +69,103 @@ def test_class_and_picture_of_one_panel_drive_the_others_in_jupyterlab(lab, chro
     assert settles(lambda: tree.get_by_label("Picture", exact=True).input_value(), "1")
     player.locator("canvas.attnviz-map[width='40']").last.wait_for()
     data = "print(tree._data['index'], tree.class_ids)"
-    assert settles(lambda: page.evaluate(RUN, data).strip(), "1 [1]", 20)
+    assert settles(lambda: python(linked, data), "1 [1]", 20)
     player.get_by_label("Picture", exact=True).select_option("0")  # and back the other way
     layercam.locator("canvas.attnviz-map[width='64']").wait_for()
-    three = "(panel, player, tree)"
-    state = f"print([(each.image_index, each.class_id) for each in {three}])"
-    assert settles(lambda: page.evaluate(RUN, state).strip(), str([(0, 0)] * 3), 20)
+    assert settles(lambda: python(linked, STATE), str([(0, 0)] * 3), 20)
     tree.locator("[role=treeitem][data-link='0']").first.wait_for()
-    page.wait_for_timeout(500)
-    assert page.evaluate(RUN, state).strip() == str([(0, 0)] * 3)  # nothing goes to and fro
-    assert page.locator(".attnviz-error:visible").count() == 0
+    linked.wait_for_timeout(500)
+    assert python(linked, STATE) == str([(0, 0)] * 3)  # nothing goes to and fro
+    assert linked.locator(".attnviz-error:visible").count() == 0
+    assert linked.outside == []
+    assert linked.problems == []
+
+
+FAIL = """def fail(*_):
+    raise RuntimeError("not enough memory")
+plant, tree._plant = tree._plant, fail
+scene = tree._scenes.pop(1, None)"""
+
+
+def test_picture_whose_evidence_fails_is_named_and_the_one_before_stays_usable(linked):
+    layercam, _, tree = _parts(linked)
+    python(linked, "panel.image_index = 0")
+    tree.locator("[role=treeitem][data-link='0']").first.wait_for()
+    python(linked, FAIL)
+    tree.get_by_label("Picture", exact=True).select_option("1")
+    alert = tree.get_by_role("alert")
+    alert.wait_for()
+    assert alert.inner_text() == "The evidence of two can't be made: not enough memory"
+    assert settles(lambda: tree.get_by_label("Picture", exact=True).input_value(), "0")
+    assert settles(lambda: layercam.get_by_label("Picture", exact=True).input_value(), "0")
+    assert settles(lambda: python(linked, STATE)[:6], "[(0, 0")
+    assert "attnviz-loading" not in tree.get_attribute("class")
+    node = tree.locator("[role=treeitem][aria-level='2']").last
+    node.click()  # the next action: the old view works, and the word is gone
+    tree.locator(f"[data-link='{node.get_attribute('data-link')}'][aria-selected=true]").wait_for()
+    alert.wait_for(state="hidden")
+    python(linked, "tree._plant = plant")
+    tree.get_by_label("Picture", exact=True).select_option("1")
+    tree.locator("[role=treeitem][data-link='1']").first.wait_for()
+    assert alert.is_hidden()
+    assert linked.problems == []
+
+
+BUSY = """() => new Promise((begun) => {
+  const { kernel } = window.jupyterapp.shell.currentWidget.context.sessionContext.session;
+  const code = "print('begun', flush=True)\\nwhile True: pass";
+  window.work = kernel.requestExecute({ code });
+  work.onIOPub = ({ header }) => header.msg_type === "stream" && begun();
+  work.done.then(() => (work.ended = true));
+})"""
+INTERRUPT = """async () => {
+  const working = !work.ended;
+  await window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.interrupt();
+  await work.done;
+  return working;
+}"""
+
+
+@pytest.mark.parametrize("kind", ["layercam", "player", "tree"])
+def test_drag_never_waits_for_the_kernel(linked, kind, capsys):
+    linked.set_viewport_size({"width": 1280, "height": 900})
+    idle = follow_pointer(linked, kind, 40)
+    linked.evaluate(BUSY)
+    busy = follow_pointer(linked, kind, 40)
+    assert linked.evaluate(INTERRUPT)
+    with capsys.disabled():
+        for state, times in (("idle", idle), ("busy", busy)):
+            print(f"\n{kind}, kernel {state}: {report(times)}", end="")  # noqa: T201
+    assert max(statistics.median(idle), statistics.median(busy)) < 100
+    assert linked.problems == []
+
+
+def test_panel_in_jupyter_notebook_7(lab, open_notebook, chromium):
+    pytest.importorskip("notebook", minversion="7", reason="Jupyter Notebook 7 is not installed")
+    address, _ = lab
+    open_notebook("seven", "from sample import make_panel\nmake_panel()")  # whose kernel it uses
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(30_000)
+    page = watched(context)
+    page.goto(f"{address}/notebooks/seven.ipynb")
+    page.wait_for_function("window.jupyterapp !== undefined")
+    assert "notebook" in page.evaluate("window.jupyterapp.name").lower()
+    assert page.evaluate(READY)
+    page.problems.clear()  # of Notebook itself while it starts
+    page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.locator("canvas.attnviz-map[aria-label]").wait_for(timeout=60_000)
+    page.evaluate(TWO_FRAMES)
+    panel = make_panel()
+    _assert_same(page, panel)
+    page.get_by_role("button", name="Stage 1").click()
+    panel.stages = [1, *panel.stages]
+    _assert_same(page, panel)
+    for key in ("d", "d", "m"):
+        page.keyboard.press(key)
+    assert page.locator("canvas.attnviz-map").is_visible()
     assert page.outside == []
     assert page.problems == []
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
     context.close()
-
-
-def test_panel_in_jupyter_notebook_7(chromium, tmp_path):
-    pytest.importorskip("notebook", minversion="7", reason="Jupyter Notebook 7 is not installed")
-    _write_notebook(tmp_path / "panel.ipynb", "from sample import make_panel\nmake_panel()")
-    port = _free_port()
-    folders = {
-        name: str(tmp_path / name)
-        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
-    }
-    path = [str(Path(__file__).parents[2]), str(Path(__file__).parent), *sys.path]
-    environment = os.environ | folders | {"PYTHONPATH": os.pathsep.join(path)}
-    command = [
-        *(sys.executable, "-m", "notebook", "--no-browser", "--allow-root"),
-        *(f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"),
-        *("--IdentityProvider.token=", "--ServerApp.password="),
-        *("--JupyterNotebookApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp_path}"),
-    ]
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            _wait_for(f"http://127.0.0.1:{port}", server, tmp_path / "log")
-            context = chromium.new_context(viewport={"width": 1280, "height": 900})
-            page = _watched(context)
-            page.goto(f"http://127.0.0.1:{port}/notebooks/panel.ipynb")
-            page.wait_for_function("window.jupyterapp !== undefined")
-            assert page.evaluate(READY)
-            page.problems.clear()  # of Notebook itself while it starts
-            page.evaluate(
-                "() => void window.jupyterapp.commands.execute('notebook:run-all-cells')"
-            )
-            page.locator("canvas.attnviz-map[aria-label]").wait_for(timeout=60_000)
-            page.evaluate(TWO_FRAMES)
-            panel = make_panel()
-            _assert_same(page, panel)
-            page.get_by_role("button", name="Stage 1").click()
-            panel.stages = [1, *panel.stages]
-            _assert_same(page, panel)
-            for key in ("d", "d", "m"):
-                page.keyboard.press(key)
-            assert page.locator("canvas.attnviz-map").is_visible()
-            assert page.outside == []
-            assert page.problems == []
-            context.close()
-        finally:
-            os.killpg(server.pid, 15)
-            server.wait(20)
 
 
 def test_page_of_nbconvert_shows_the_picture_without_a_network(open_page, tmp_path):

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import statistics
 
 import cv2
 import numpy as np
@@ -12,9 +11,9 @@ import pytest
 from PIL import Image
 from sample import make_panel, settles
 
-pytestmark = pytest.mark.browser
+from notebooks import TWO_FRAMES, python
 
-TWO_FRAMES = "() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))"
+pytestmark = pytest.mark.browser
 
 
 def _pixels(page, selector="canvas.attnviz-map"):
@@ -160,9 +159,11 @@ def test_every_control_is_reached_and_worked_by_keys(page):
 
 
 def test_height_stays_and_nothing_overflows(panel, open_page, tmp_path):
-    path = panel.save_html(tmp_path / "panel.html")
+    page = open_page(panel.save_html(tmp_path / "panel.html"))
     for width in (1100, 700, 360):
-        page = open_page(path, viewport={"width": width, "height": 900})
+        page.set_viewport_size({"width": width, "height": 900})
+        page.reload()
+        page.locator("canvas.attnviz-map[aria-label]").wait_for()
         page.evaluate(TWO_FRAMES)
         box = page.locator(".attnviz-panel").bounding_box()
         for stage in (3, 4, 5):
@@ -191,129 +192,19 @@ def test_damage_is_reported_in_the_panel(panel, open_page, tmp_path):
 
 # -------------------------------------------------------------------------------- JupyterLab
 
-CELLS = ["from sample import make_panel, settles\npanel = make_panel()\npanel", "x = 1"]
-READY = """async () => {
-  const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-  for (let k = 0; k < 300; k++, await wait(100)) {
-    const context = window.jupyterapp?.shell.currentWidget?.context;
-    const kernel = context?.sessionContext?.session?.kernel;
-    if (context?.isReady && kernel?.connectionStatus === "connected" && kernel.status === "idle")
-      return true;
-  }
-  return false;
-}"""
-RUN = """async (code) => {
-  const kernel = window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel;
-  const future = kernel.requestExecute({ code, store_history: false });
-  let text = "";
-  future.onIOPub = (message) => {
-    if (message.header.msg_type === "stream") text += message.content.text;
-    if (message.header.msg_type === "error") text += message.content.evalue;
-  };
-  await future.done;
-  return text;
-}"""
-WATCH = """() => {
-  const canvas = document.querySelector("canvas.attnviz-map");
-  const put = CanvasRenderingContext2D.prototype.putImageData;
-  const watch = (window.watch = { drawn: [], shown: [], moved: null });
-  let changed = false;
-  CanvasRenderingContext2D.prototype.putImageData = function (...parts) {
-    put.apply(this, parts);
-    if (this.canvas === canvas && watch.moved !== null) changed = true;
-  };
-  document.addEventListener("pointermove", (event) => {
-    if (watch.moved === null) watch.moved = event.timeStamp;
-  }, true);
-  const channel = new MessageChannel();  // its message comes after the frame is painted
-  channel.port1.onmessage = () => {
-    if (changed && watch.moved !== null) {
-      watch.drawn.push(performance.now() - watch.moved);
-      watch.waiting = watch.moved;
-      watch.moved = null;
-      changed = false;
-    }
-  };
-  const frame = () => {
-    if (watch.waiting) watch.shown.push(performance.now() - watch.waiting);
-    watch.waiting = null;
-    channel.port2.postMessage(null);
-    requestAnimationFrame(frame);
-  };
-  requestAnimationFrame(frame);
-}"""
+CELLS = ["from sample import make_panel\npanel = make_panel()\npanel", "x = 1"]
 
 
 @pytest.fixture(scope="module")
-def lab_page(lab, chromium):
-    address, folder = lab
-    cells = [
-        {
-            "cell_type": "code",
-            "id": f"cell{number}",
-            "source": source,
-            "metadata": {},
-            "outputs": [],
-            "execution_count": None,
-        }
-        for number, source in enumerate(CELLS)
-    ]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = {
-        "nbformat": 4,
-        "nbformat_minor": 5,
-        "metadata": {"kernelspec": kernel},
-        "cells": cells,
-    }
-    (folder / "panel.ipynb").write_text(json.dumps(notebook))
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(20_000)
-    page = context.new_page()
-    page.outside = []
-    page.on(
-        "request",
-        lambda request: None if _is_local(request.url) else page.outside.append(request.url),
-    )
-    page.goto(f"{address}/doc/tree/panel.ipynb")
-    page.wait_for_function("window.jupyterapp !== undefined", timeout=30_000)
-    assert page.evaluate(READY)
-    page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+def lab_page(open_notebook):
+    page = open_notebook("panel", *CELLS)
     page.locator("canvas.attnviz-map[aria-label]").wait_for(timeout=60_000)
-    assert page.evaluate(READY)
     page.evaluate(TWO_FRAMES)
-    yield page
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
-    context.close()
-
-
-def _is_local(url):
-    return url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "blob:", "data:"))
+    return page
 
 
 def _kernel(page, expression):
-    text = page.evaluate(RUN, f"import json; print(json.dumps({expression}))")
-    return json.loads(text)
-
-
-def _drag(page, steps=24, pause=0.09):
-    # Isolated moves of the gamma slider's handle; times from the pointer event, in ms.
-    box = page.get_by_label("γ", exact=True).bounding_box()
-    y = box["y"] + box["height"] / 2
-    share = (float(page.get_by_label("γ", exact=True).input_value()) - 0.5) / 7.5
-    x = box["x"] + 8 + share * (box["width"] - 16)
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 20, y)
-    page.wait_for_timeout(150)
-    page.evaluate("watch.drawn = []; watch.shown = []; watch.moved = null")
-    step = (box["width"] - 40) / steps
-    for number in range(1, steps + 1):
-        page.mouse.move(box["x"] + 20 + step * number, y)
-        page.wait_for_timeout(pause * 1000)
-    page.mouse.up()
-    drawn, shown = page.evaluate("[watch.drawn, watch.shown]")
-    assert len(drawn) >= steps * 0.8
-    return statistics.median(drawn), statistics.median(shown)
+    return json.loads(python(page, f"import json; print(json.dumps({expression}))"))
 
 
 def test_panel_in_jupyterlab_equals_python_and_tells_the_kernel(lab_page):
@@ -334,14 +225,14 @@ def test_panel_in_jupyterlab_equals_python_and_tells_the_kernel(lab_page):
 
 def test_kernel_sets_the_panel_in_jupyterlab(lab_page):
     panel = make_panel(gamma=1.0, stages=[4], palette="viridis", class_id=30, image_index=1)
-    lab_page.evaluate(
-        RUN,
+    python(
+        lab_page,
         "panel.image_index, panel.class_id, panel.gamma, panel.stages, panel.palette, "
         "panel.threshold = 1, 30, 1.0, [4], 'viridis', 0.15",
     )
     lab_page.locator("canvas.attnviz-map[width='299']").wait_for()
     _assert_same(lab_page, panel)
-    lab_page.evaluate(RUN, "panel.image_index, panel.stages = 0, [3, 4, 5]")
+    python(lab_page, "panel.image_index, panel.stages = 0, [3, 4, 5]")
     lab_page.locator("canvas.attnviz-map[width='448']").wait_for()
 
 
@@ -358,21 +249,5 @@ def test_keys_in_the_panel_leave_the_notebook_alone(lab_page):
     count = "window.jupyterapp.shell.currentWidget.content.widgets.length"
     assert lab_page.evaluate(count) == len(CELLS)
     assert lab_page.locator("canvas.attnviz-map").is_visible()
-
-
-def test_dragging_never_waits_for_the_kernel(lab_page, capsys):
-    lab_page.evaluate(WATCH)
-    idle = _drag(lab_page)
-    lab_page.evaluate(
-        "() => void window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel"
-        ".requestExecute({ code: 'sum(k * k for k in range(60_000_000))' })"
-    )
-    busy = _drag(lab_page)
-    with capsys.disabled():
-        for name, (drawn, shown) in (("idle", idle), ("busy", busy)):
-            print(  # noqa: T201 - the measurement is the point
-                f"\nkernel {name}: pointer to pixels {drawn:.1f} ms, to next frame {shown:.1f} ms",
-                end="",
-            )
-    assert max(idle[0], busy[0]) < 100
     assert lab_page.outside == []
+    assert lab_page.problems == []

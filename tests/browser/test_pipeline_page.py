@@ -3,18 +3,20 @@
 import base64
 import io
 import re
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 from labelled import NAMES, make_panel, settings_of
 from PIL import Image
-from test_layercam import TWO_FRAMES
 
 from attnviz.panels import explore_labels
 from attnviz.panels.export import save_story
+from notebooks import TWO_FRAMES
 
 pytestmark = pytest.mark.browser
 
+SVG = "{http://www.w3.org/2000/svg}"
 LABELS = {
     "floor": "Values count from", "conflict": "Conflict above", "salient": "Salient from",
     "strong": "Strong map above", "least": "Objects at least", "power": "Power α",
@@ -191,35 +193,40 @@ def test_keys_work_and_stay_in_the_panel(page, panel):
     assert page.locator(".attnviz-keys").is_hidden()
 
 
+CUT = """() => {
+  const all = (selector) =>
+    [...document.querySelectorAll(selector)].filter((part) => part.checkVisibility());
+  const right = document.querySelector(".attnviz-panel").getBoundingClientRect().right - 10;
+  const beyond = all(".attnviz-panel :is(select, input, button, td)")
+    .filter((part) => part.getBoundingClientRect().right > right);
+  const cut = all(".attnviz-rates, .attnviz-readout, .attnviz-slider, thead th").filter((text) =>
+    Math.max(text.scrollWidth - text.clientWidth, text.scrollHeight - text.clientHeight) > 1);
+  const wide = document.documentElement.scrollWidth > innerWidth ? [document.body] : [];
+  return [...beyond, ...cut, ...wide].map((node) => node.outerHTML);
+}"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_height_stays_and_nothing_overflows(panel, open_page, tmp_path, scheme):
-    path = panel.save_html(tmp_path / "panel.html")
+    page = open_page(panel.save_html(tmp_path / "panel.html"), color_scheme=scheme)
+    root = page.locator(".attnviz-panel")
     for width in (1600, 1100, 700, 320):
-        page = open_page(
-            path, viewport={"width": width, "height": 900}, color_scheme=scheme
-        )  # fmt: skip
+        page.set_viewport_size({"width": width, "height": 900})
+        page.reload()
+        page.locator("canvas.attnviz-map[aria-label]").wait_for()
         page.evaluate(TWO_FRAMES)
-        height = page.locator(".attnviz-panel").bounding_box()["height"]
+        height = root.bounding_box()["height"]
         for cue in ("affinity", "constant", "saliency"):
             _choose(page, "Background by", cue)
             page.evaluate(TWO_FRAMES)
-            assert page.locator(".attnviz-panel").bounding_box()["height"] == height
+            assert root.bounding_box()["height"] == height
         page.locator(".attnviz-picture").nth(3).hover()
+        assert page.evaluate(CUT) == []
         _choose(page, "Labels by", "superpixels")
         page.evaluate(TWO_FRAMES)
-        assert page.locator(".attnviz-panel").bounding_box()["height"] == height
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        right = page.locator(".attnviz-panel").bounding_box()
-        for part in page.locator(".attnviz-panel :is(select, input, button, td):visible").all():
-            box = part.bounding_box()
-            assert box["x"] + box["width"] <= right["x"] + right["width"] - 10
-        for text in page.locator(
-            ".attnviz-rates, .attnviz-readout, .attnviz-slider, thead th"
-        ).all():
-            cut = text.evaluate("(node) => [node.scrollWidth - node.clientWidth, "
-                                "node.scrollHeight - node.clientHeight]")  # fmt: skip
-            assert max(cut) <= 1, text.inner_text()
-        assert page.problems == []
+        assert root.bounding_box()["height"] == height
+        assert page.evaluate(CUT) == []
+    assert page.problems == []
 
 
 def test_panel_without_truth_saliency_or_network_has_no_empty_places(open_page, tmp_path):
@@ -240,14 +247,21 @@ def test_panel_without_truth_saliency_or_network_has_no_empty_places(open_page, 
     assert page.problems == []
 
 
-def test_figure_holds_every_step_and_the_outline(page):
+def test_figure_holds_every_step_the_outline_and_the_settings(page, panel):
+    _slide(page, "floor", 0.55)
+    panel.floor = 0.55
+    page.evaluate(TWO_FRAMES)
     page.get_by_role("button", name="Copy or save as a figure").click()
     with page.expect_download() as download:
         page.get_by_role("button", name="Save SVG").click()
     figure = download.value.path().read_text("utf-8")
     assert figure.count("<image") == 5
-    assert "Pseudo labels" in figure
+    texts = [text.text for text in ElementTree.fromstring(figure).iter(f"{SVG}text")]
+    assert "Pseudo labels" in texts
     assert "mIoU" in figure
+    assert set(panel._names.values()) <= set(texts)
+    assert panel._caption() == " ".join(text for text in texts[texts.index(NAMES[3]) + 1 :])
+    assert "floor 0.55" in panel._caption()
     assert figure.count("<path") == 10  # a halo and a line each
     assert page.problems == []
 

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ import pytest
 from PIL import Image
 from recorded import record
 from sample import settles
-from test_layercam import READY, RUN, TWO_FRAMES
 
 from attnviz.evolution import load_evolution
 from attnviz.panels import explore_accumulation
+from notebooks import TWO_FRAMES, python
 
 pytestmark = pytest.mark.browser
 
@@ -30,30 +29,6 @@ LAID = """(picture) => {
   copy.getContext("2d").drawImage(canvas, 0, 0);
   return copy.toDataURL("image/png");
 }"""
-WATCH = """() => {
-  const canvas = [...document.querySelectorAll("canvas.attnviz-map")].at(-1);
-  const put = CanvasRenderingContext2D.prototype.putImageData;
-  const watch = (window.watch = { drawn: [], moved: null });
-  let changed = false;
-  CanvasRenderingContext2D.prototype.putImageData = function (...parts) {
-    put.apply(this, parts);
-    if (this.canvas === canvas && watch.moved !== null) changed = true;
-  };
-  document.addEventListener("pointermove", (event) => (watch.moved ??= event.timeStamp), true);
-  const channel = new MessageChannel();  // its message comes after the frame is painted
-  channel.port1.onmessage = () => {
-    if (!changed) return;
-    watch.drawn.push(performance.now() - watch.moved);
-    [watch.moved, changed] = [null, false];
-  };
-  const frame = () => {
-    channel.port2.postMessage(null);
-    requestAnimationFrame(frame);
-  };
-  requestAnimationFrame(frame);
-}"""
-
-
 HOST = """async ([source, state, data, frames]) => {
   const read = (text) => JSON.parse(text, (key, value) => value?.$bytes === undefined
     ? value
@@ -236,12 +211,12 @@ def test_reduced_motion_is_respected(panel, open_page, tmp_path):
 
 
 def test_height_stays_and_nothing_overflows(panel, open_page, tmp_path):
-    path = panel.save_html(tmp_path / "panel.html")
+    path, drawn = panel.save_html(tmp_path / "panel.html"), "canvas.attnviz-map[aria-label]"
+    page = open_page(path, awaits=f"{drawn} >> nth=-1")
     for width in (1100, 700, 360):
-        page = open_page(
-            path, awaits="canvas.attnviz-map[aria-label] >> nth=-1",
-            viewport={"width": width, "height": 900},
-        )  # fmt: skip
+        page.set_viewport_size({"width": width, "height": 900})
+        page.reload()
+        page.locator(drawn).last.wait_for()
         page.evaluate(TWO_FRAMES)
         height = page.locator(".attnviz-panel").bounding_box()["height"]
         for epoch in (3, 12):
@@ -319,26 +294,6 @@ def test_damage_is_reported_in_the_panel(panel, open_page, tmp_path):
     assert not alert.is_visible()
 
 
-def test_scrubbing_takes_a_frame_or_two(page, capsys):
-    page.evaluate(WATCH)
-    page.get_by_label("Epoch", exact=True).scroll_into_view_if_needed()
-    box = page.get_by_label("Epoch", exact=True).bounding_box()
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + 8, y)
-    page.mouse.down()
-    for number in range(36):
-        page.evaluate("watch.moved = null")
-        share = abs((number + 1) % 22 - 11) / 11
-        page.mouse.move(box["x"] + 8 + share * (box["width"] - 16), y)
-        page.wait_for_timeout(50)
-    page.mouse.up()
-    drawn = page.evaluate("watch.drawn")
-    assert len(drawn) >= 24
-    with capsys.disabled():
-        print(f"\nscrub: pointer to pixels {statistics.median(drawn):.1f} ms", end="")  # noqa: T201
-    assert statistics.median(drawn) < 100
-
-
 # -------------------------------------------------------------------------------- JupyterLab
 
 CELL = """
@@ -354,22 +309,8 @@ panel
 """
 
 
-def test_training_is_followed_and_stopped_in_jupyterlab(lab, chromium):
-    address, folder = lab
-    cell = CELL.format(tests=str(Path(__file__).parents[1]))
-    (folder / "player.ipynb").write_text(json.dumps({
-        "nbformat": 4, "nbformat_minor": 5,
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
-        "cells": [{"cell_type": "code", "id": "a", "source": cell, "metadata": {}, "outputs": [],
-                   "execution_count": None}],
-    }))  # fmt: skip
-    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
-    context.set_default_timeout(30_000)
-    page = context.new_page()
-    page.goto(f"{address}/doc/tree/player.ipynb")
-    page.wait_for_function("window.jupyterapp !== undefined")
-    assert page.evaluate(READY)
-    page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+def test_training_is_followed_and_stopped_in_jupyterlab(open_notebook):
+    page = open_notebook("player", CELL.format(tests=str(Path(__file__).parents[1])), height=1000)
     page.get_by_text(re.compile(r"following, \d+ of 400")).wait_for(timeout=60_000)
     page.locator("canvas.attnviz-map[aria-label]").last.wait_for()
     first = _epoch(page)
@@ -378,12 +319,12 @@ def test_training_is_followed_and_stopped_in_jupyterlab(lab, chromium):
     )
     page.locator(".attnviz-columns").focus()
     page.keyboard.press("Home")  # looks back: new epochs arrive and do not disturb
-    assert settles(lambda: page.evaluate(RUN, "print(panel.epoch)").strip(), "1")
-    count = int(page.evaluate(RUN, "print(len(panel._epochs))"))
+    assert settles(lambda: python(page, "print(panel.epoch)"), "1")
+    count = int(python(page, "print(len(panel._epochs))"))
     page.get_by_text(f"following, {count + 2} of 400").wait_for()
     assert (_epoch(page), page.get_by_label("Found from").input_value()) == (1, "0.3")
     page.get_by_role("button", name="Stop training").click()
     page.get_by_text(re.compile(r"ended at \d+ of 400 epochs")).wait_for()
-    assert page.evaluate(RUN, "print(training.is_alive(), panel.live)").strip() == "False False"
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
-    context.close()
+    assert python(page, "print(training.is_alive(), panel.live)") == "False False"
+    assert page.outside == []
+    assert page.problems == []

@@ -2,24 +2,18 @@
 
 import base64
 import io
-import json
-import random
 
 import numpy as np
 import pytest
 from PIL import Image
 from sample import settles
-from test_layercam import READY, RUN, TWO_FRAMES, _is_local
 
 from attnviz import explore_evidence, load_network
 from attnviz.data.scenes import Scenes
+from notebooks import python
 
 pytestmark = pytest.mark.browser
 
-CLICK = """(place) => {
-  const items = [...document.querySelectorAll("[role=treeitem]")];
-  items[Math.floor(place * items.length)].click();
-}"""
 WAITS = "[role=treeitem][aria-selected=true]"
 CELL = """import attnviz
 from attnviz.data.scenes import Scenes
@@ -122,39 +116,8 @@ def test_class_name_is_text_only(page, panel):
     assert page.locator(f'[data-link="{panel.class_ids[0]}"] b').inner_text().startswith("</scr")
 
 
-def test_random_use_leaves_the_page_whole(page):
-    chance = random.Random(4)
-    keys = ["ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "Home", "End", "Enter", "*", "+",
-            "-", "0", "c", "?", "Escape", "Tab"]  # fmt: skip
-    for _ in range(150):
-        if chance.random() < 0.5:
-            page.evaluate(CLICK, chance.random())
-        else:
-            page.keyboard.press(chance.choice(keys))
-    page.evaluate(TWO_FRAMES)
-    assert page.locator(WAITS).count() == 1
-    assert page.locator(".attnviz-error:visible").count() == 0
-    assert page.problems == []
-
-
-def test_tree_in_jupyterlab_asks_the_kernel(lab, chromium):
-    address, folder = lab
-    cell = {"cell_type": "code", "id": "cell0", "source": CELL, "metadata": {}, "outputs": [],
-            "execution_count": None}  # fmt: skip
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel},
-                "cells": [cell]}  # fmt: skip
-    (folder / "tree.ipynb").write_text(json.dumps(notebook))
-    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
-    context.set_default_timeout(20_000)
-    page = context.new_page()
-    outside, problems = [], []
-    page.on("request", lambda r: None if _is_local(r.url) else outside.append(r.url))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(f"{address}/doc/tree/tree.ipynb")
-    page.wait_for_function("window.jupyterapp !== undefined", timeout=30_000)
-    assert page.evaluate(READY)
-    page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+def test_tree_in_jupyterlab_asks_the_kernel(open_notebook):
+    page = open_notebook("tree", CELL, height=1000)
     page.locator(WAITS).wait_for(timeout=60_000)
     selected = page.locator(WAITS).get_attribute("data-link")
     page.locator(f'[data-link^="{selected}/"]').first.click()
@@ -163,13 +126,11 @@ def test_tree_in_jupyterlab_asks_the_kernel(lab, chromium):
     link = deeper.get_attribute("data-link")
     page.locator(f'[data-link^="{link}/"]').first.wait_for()
     page.locator('[aria-label^="Guided gradient"]').wait_for()
-    assert settles(lambda: page.evaluate(RUN, "print(panel.selected)").strip(), link)
-    page.evaluate(RUN, "panel.selected = panel.selected.rpartition('/')[0]")
+    assert settles(lambda: python(page, "print(panel.selected)"), link)
+    python(page, "panel.selected = panel.selected.rpartition('/')[0]")
     _wait_for(page, selected)
     other = page.get_by_label("Compare with")
     other.select_option(index=2)
     page.locator(".attnviz-grove").nth(1).locator("[role=treeitem]").nth(1).wait_for()
-    assert outside == []
-    assert problems == []
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
-    context.close()
+    assert page.outside == []
+    assert page.problems == []

@@ -16,6 +16,10 @@ const KEYS = [
   ["?", "these keys"],
 ];
 
+const USED = {
+  saliency: ["floor", "salient", "strong"], affinity: ["power"], constant: ["constant"],
+};
+
 // ------------------------------------------------------------------------------ pure functions
 
 /** Planes of bytes; a row is stored as its difference from the one above, modulo 256. */
@@ -405,6 +409,11 @@ function build(model, el) {
     return withMap.some(({ id }) => id === wanted) ? wanted : withMap[0].id;
   }
 
+  function usedThresholds() {
+    return values.get("method") === "superpixels" ? ["background"]
+      : ["conflict", "least", ...USED[values.get("cue")]];
+  }
+
   function resetAll() {
     values.set(PUBLISHED);
     values.send();
@@ -623,18 +632,16 @@ function build(model, el) {
   }
 
   function updateControls() {
-    const [how, by] = [values.get("method"), values.get("cue")];
+    const how = values.get("method");
     const voted = how === "superpixels";
     method.update(how);
-    cue.update(by);
+    cue.update(values.get("cue"));
     cue.list.disabled = voted;
     regions.update(values.get("regions"));
     regions.list.disabled = !voted && !values.get("averaged");
     averaged.checked = voted || values.get("averaged");
     averaged.disabled = voted;
-    const used = voted ? ["background"] : ["conflict", "least", ...{
-      saliency: ["floor", "salient", "strong"], affinity: ["power"], constant: ["constant"],
-    }[by]];
+    const used = usedThresholds();
     for (const [name, each] of Object.entries(thresholds)) {
       each.row.hidden = !used.includes(name);
       each.set(values.get(name));
@@ -698,7 +705,26 @@ function build(model, el) {
         figureText(under.textContent, x, top + cellHeight + 17, { size: 12, fill: "#59606a" }),
       ];
     });
-    return figureOf(parts.length * (cellWidth + gap) - gap, top + cellHeight + 26, ...parts);
+    const whole = parts.length * (cellWidth + gap) - gap;
+    let y = top + cellHeight + 30;
+    classes.forEach(({ id, name }, k) => {
+      const x = (k % parts.length) * (cellWidth + gap);
+      if (k && x === 0) y += 20;
+      parts.push(element("rect", { x, y, width: 12, height: 12, fill: colorOf(1 + id) }),
+        figureText(name, x + 18, y + 11, { size: 12 }));
+    });
+    const caption = figureLines(writeCaption(), 0, y + 20, whole, { size: 12, fill: "#59606a" });
+    return figureOf(whole, y + 24 + caption.height, ...parts, ...caption.nodes);
+  }
+
+  /** What made the labels: the thresholds in use. */
+  function writeCaption() {
+    const { at, voted } = shown;
+    const cut = `${at.regions} superpixels`;
+    const how = voted ? `Vote of ${cut}`
+      : `Rules, background by ${at.cue}${at.averaged ? `, maps averaged over ${cut}` : ""}`;
+    const used = usedThresholds().map((name) => `${name} ${Number(at[name].toFixed(3))}`);
+    return `${how}: ${used.join(", ")}`;
   }
 
   load().catch(fail);

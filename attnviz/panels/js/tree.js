@@ -236,7 +236,7 @@ function makeStore(data) {
 }
 
 /** Requests to the kernel, answered by id; a page without a kernel has none. */
-function makeLine(model, data, store, heard) {
+function makeLine(model, data, store, heard, refuse) {
   const view = Math.random().toString(36).slice(2);
   const waiting = new Map();
   let asked = 0;
@@ -255,6 +255,7 @@ function makeLine(model, data, store, heard) {
       if (!data.packets.some((known) => known.number === packet.number)) data.packets.push(packet);
       await store.merge(packet);
     }
+    if (content.picture !== undefined) refuse(data.pictures[content.picture], content.error);
     settle(content.id, content.error);
     heard();
   };
@@ -296,6 +297,7 @@ function build(model, el) {
   let paintFrame = 0;
   let largest = 1; // the largest share that is visible
   let notice = null; // what the status line says until the next action
+  let refused = null; // why another picture can't be shown, until the next action
 
   const redraw = () => (frame ||= requestAnimationFrame(draw));
   const values = settings(
@@ -304,7 +306,9 @@ function build(model, el) {
     redraw,
   );
   const store = makeStore(data);
-  const line = makeLine(model, data, store, redraw);
+  const line = makeLine(model, data, store, redraw, (name, error) => {
+    refused = `The evidence of ${name} can't be made: ${error}`;
+  });
 
   // ------------------------------------------------------------------------------- elements
   const className = ({ name, id }) => name ?? `class ${id}`;
@@ -316,6 +320,7 @@ function build(model, el) {
   const classPicker = choice("Class", classOptions, (id) => showClasses(0, Number(id)));
   const picturePicker = choice("Picture", data.pictures.map((name, index) => [index, name]),
     (index) => {
+      refused = null;
       values.set({ image_index: Number(index) });
       values.send();
     });
@@ -396,7 +401,7 @@ function build(model, el) {
   }
 
   function select(link) {
-    notice = null;
+    notice = refused = null;
     if (values.get("selected") !== link) values.set({ selected: link });
     else redraw();
   }
@@ -935,6 +940,7 @@ function build(model, el) {
     });
     scroller.addEventListener("pointermove", (event) => {
       if (!drag) return;
+      if (!event.buttons) return drop(); // it was let go outside
       const [across, down] = [event.clientX - drag.x, event.clientY - drag.y];
       if (!panned && Math.hypot(across, down) < 5) return;
       if (!panned) {
@@ -947,10 +953,11 @@ function build(model, el) {
       scroller.scrollLeft = drag.left - across;
       scroller.scrollTop = drag.top - down;
     });
-    const drop = () => {
+    function drop() {
       drag = null;
+      setTimeout(() => (panned = false)); // after the click that ends a drag
       scroller.classList.remove("attnviz-panning");
-    };
+    }
     scroller.addEventListener("pointerup", drop);
     scroller.addEventListener("pointercancel", drop);
     scroller.addEventListener("lostpointercapture", drop);
@@ -1333,7 +1340,7 @@ function build(model, el) {
   function draw() {
     frame = 0;
     try {
-      problem.hidden = true;
+      report(refused);
       update();
     } catch (error) {
       fail(error);
@@ -1342,8 +1349,12 @@ function build(model, el) {
 
   function fail(error) {
     root.classList.remove("attnviz-loading");
-    problem.hidden = false;
-    problem.textContent = `The panel can't be drawn: ${error.message ?? error}`;
+    report(`The panel can't be drawn: ${error.message ?? error}`);
+  }
+
+  function report(text) {
+    problem.hidden = !text;
+    if (problem.textContent !== text) problem.textContent = text;
   }
 
   /** The record of the selection, or of its nearest parent that is visible. */
