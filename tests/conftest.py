@@ -4,11 +4,15 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
 from tiny import Tiny
 
 torch.set_num_threads(1)
+settings.register_profile("attnviz", deadline=None)  # the machine may have other work
+settings.load_profile("attnviz")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Keeps what shares fixtures in one process: each file, and all that needs Chromium."""
     for item in items:

@@ -422,11 +422,13 @@ def test_a_failed_save_leaves_the_old_snapshot(tmp_path, monkeypatch):
 
 
 _KILLED = """
-import os, random, signal, sys, time
+import os, random, signal, sys, threading, time
 import torch
+from tqdm import tqdm
 from attnviz.memory import AttentionMemory
 
 def _save_for_ever(folder, pipe):
+    tqdm.set_lock(threading.RLock())  # not the one the parent would wait for after the kill
     ids = [str(i) for i in range(400)]
     memory = AttentionMemory(
         dict.fromkeys(ids, (30, 30)), dict.fromkeys(ids, [0]), run_id="r", keep_last=True
@@ -499,12 +501,17 @@ before = _private()
 memory = AttentionMemory.load(sys.argv[1])
 opened = _private()
 memory.update("3", 0, torch.ones(100, 100))
-print(opened - before, _private() - opened)
+changed = _private()
+held = memory.empty()
+for key in held:  # which is what reading them all would take
+    held.update(*key, torch.ones(100, 100))
+print(opened - before, changed - opened, _private() - changed)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    opened, changed = map(float, done.stdout.split())
+    opened, changed, held = map(float, done.stdout.split())
+    assert held > 35  # the measure sees what is in memory
     assert opened < 15
     assert changed < 5
 
