@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cam import METHODS, fuse
-from .explain import GradientAt, stage_maps
+from .explain import GradientAt, Precision, stage_maps
 from .localize import View, sweep_boxes
 from .metrics import class_ranks, sweep_counts, sweep_ious
 from .networks import bundled_folder, load_network
@@ -47,6 +47,8 @@ __all__ = ["Benchmark", "bench_cam"]
 M_MMAP_THRESHOLD = -3  # of mallopt
 _SWEEP = np.arange(50) / 50  # thresholds of boxes
 FLOOR = "forward + backward to stage 1"
+OURS, FUSED = "LayerCAM of all stages", "LayerCAM of all stages, fused"
+WHOLE = "localization: decode, maps, fusion, boxes, metrics"
 EIGHT_CALLS = "LayerCAM of 8 classes, 8 calls"
 PEERS = {"captum": "captum", "grad-cam": "pytorch_grad_cam", "torchcam": "torchcam"}
 Row = dict[str, str | float | None]
@@ -117,8 +119,8 @@ def bench_cam(
         device: ``auto`` takes CUDA where there is one.
         seed: The seed of weights, images and order.
         size: Height and width of the images.
-        memory: Whether to measure memory too. On a CPU each case then runs in a process of its
-            own, which needs Linux.
+        memory: Whether to measure memory too. On a CPU that is done in another process and needs
+            Linux.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -128,7 +130,11 @@ def bench_cam(
         ValueError: An argument is out of range, or a network is unknown.
     """
     chosen = _check(networks, batches, rounds, device, size)
-    cases = [case for case in CAM_CASES if case.package is None or _version(case.package)]
+    lower = _computes_bfloat16(chosen.type)
+    cases = [
+        case for case in CAM_CASES
+        if (case.package is None or _version(case.package)) and (lower or not case.lower)
+    ]  # fmt: skip
     plans = [
         (network, batch, [case for case in cases if case.most is None or batch <= case.most])
         for network in networks
@@ -136,6 +142,8 @@ def bench_cam(
     ]
     rows: list[Row] = []
     notes = _missing_peers()
+    if not lower:
+        notes += ("bf16 is left out: this processor only imitates it, ten times slower",)
     total = sum(len(plan) for _, _, plan in plans) * (rounds + memory)
     with (
         tqdm(total=total, disable=not progress, unit="run") as bar,
@@ -146,11 +154,22 @@ def bench_cam(
             subject = _subject(network, size, chosen.type, seed)
             seconds = _seconds(subject, plan, batch, rounds, seed, bar)
             peaks: dict[str, int | None] = dict.fromkeys(case.name for case in plan)
-            for case in plan if memory else ():
-                work = (network, size, chosen.type, seed, batch, case.name)
-                peaks[case.name] = _peak(*work) if chosen.type == "cuda" else _peak_apart(*work)
+            works = [
+                (network, size, chosen.type, seed, batch, case.name) for case in plan if memory
+            ]
+            measured = (
+                (_peak(*work) for work in works) if chosen.type == "cuda" else peaks_apart(works)
+            )
+            for work, peak in zip(works, measured, strict=True):
+                peaks[work[-1]] = peak
                 bar.update()
             rows += _rows(f"{network}, batch {batch}", plan, seconds, peaks)
+            rates = (
+                f"{name} {batch / np.median(seconds[name]):.2f}"
+                for name in (FLOOR, WHOLE)
+                if name in seconds
+            )
+            notes += (f"{network}, batch {batch}, images/s: {', '.join(rates)}",)
     if memory and all(row["peak_memory_ratio"] is None for row in rows):
         notes += ("peak memory needs Linux with /proc/self/clear_refs, or CUDA",)
     return Benchmark(_device_name(chosen), _versions(), rows, rounds, seed, notes)
@@ -220,6 +239,8 @@ class _Case:
     baseline: str | None = FLOOR  # None: only measured to compare others with
     package: str | None = None  # the peer it needs
     most: int | None = None  # the largest batch
+    beside: str | None = None  # the case of ours that does the same as the peer
+    lower: bool = False  # whether it needs a processor that computes with bfloat16
 
 
 def _classes(images: Tensor) -> list[int]:
@@ -247,14 +268,25 @@ def _plain(subject: _Subject) -> Run:
 
 
 def _maps(
-    methods: Sequence[str] = ("layercam",), gradient_at: GradientAt = "native"
+    methods: Sequence[str] = ("layercam",),
+    gradient_at: GradientAt = "native",
+    precision: Precision = "32",
 ) -> Callable[[_Subject], Run]:
     def prepare(subject: _Subject) -> Run:
         return lambda images: stage_maps(
-            subject.net, images, _classes(images), methods, gradient_at=gradient_at
-        )
+            subject.net, images, _classes(images), methods, gradient_at=gradient_at,
+            precision=precision,
+        )  # fmt: skip
 
     return prepare
+
+
+def _channels_last(subject: _Subject) -> Run:
+    def run(images: Tensor) -> object:
+        images = images.contiguous(memory_format=torch.channels_last)
+        return stage_maps(subject.net, images, _classes(images))
+
+    return run
 
 
 def _fused(subject: _Subject) -> Run:
@@ -333,16 +365,18 @@ def _captum(subject: _Subject) -> Run:
 CAM_CASES = (
     _Case(FLOOR, _floor, baseline=None),
     _Case("plain forward", _plain),
-    _Case("LayerCAM of all stages", _maps()),
-    _Case("LayerCAM of all stages, fused", _fused),
-    _Case("localization: decode, maps, fusion, boxes, metrics", _localized),
+    _Case(OURS, _maps()),
+    _Case(FUSED, _fused),
+    _Case("LayerCAM of all stages, channels last", _channels_last),
+    _Case("LayerCAM of all stages, bf16", _maps(precision="bf16"), lower=True),
+    _Case(WHOLE, _localized),
     _Case("all methods of all stages", _maps(tuple(METHODS))),
     _Case("LayerCAM of all stages, pool_up", _maps(gradient_at="pool_up")),
     _Case(EIGHT_CALLS, _eight_calls, baseline=None, most=1),
     _Case("LayerCAM of 8 classes, one call", _one_call, baseline=EIGHT_CALLS, most=1),
-    _Case("grad-cam: LayerCAM of all stages", _grad_cam, package="grad-cam"),
-    _Case("torchcam: LayerCAM of all stages, fused", _torchcam, package="torchcam"),
-    _Case("captum: LayerCAM of all stages", _captum, package="captum"),
+    _Case("grad-cam: LayerCAM of all stages", _grad_cam, package="grad-cam", beside=FUSED),
+    _Case("torchcam: LayerCAM of all stages, fused", _torchcam, package="torchcam", beside=FUSED),
+    _Case("captum: LayerCAM of all stages", _captum, package="captum", beside=OURS),
 )
 
 
@@ -352,21 +386,27 @@ def _rows(
     seconds: dict[str, np.ndarray],
     peaks: dict[str, int | None],
 ) -> list[Row]:
-    rows: list[Row] = []
-    for case in plan:
-        if case.baseline is None:
-            continue
-        low, ratio, high = np.quantile(
-            seconds[case.name] / seconds[case.baseline], (0.25, 0.5, 0.75)
+    pairs = [(case.name, case.baseline) for case in plan if case.baseline is not None]
+    pairs += [(case.name, case.beside) for case in plan if case.beside is not None]
+    return [
+        row_of(
+            f"{where}: {name}", f"{where}: {baseline}", seconds[name] / seconds[baseline],
+            (peaks[name], peaks[baseline]),
         )
-        peak, floor = peaks[case.name], peaks[case.baseline]
-        rows.append({
-            "case": f"{where}: {case.name}", "baseline": f"{where}: {case.baseline}",
-            "ratio": round(float(ratio), 4), "low": round(float(low), 4),
-            "high": round(float(high), 4),
-            "peak_memory_ratio": round(peak / floor, 4) if peak is not None and floor else None,
-        })  # fmt: skip
-    return rows
+        for name, baseline in pairs
+    ]  # fmt: skip
+
+
+def row_of(
+    case: str, baseline: str, ratios: np.ndarray, peaks: tuple[int | None, int | None]
+) -> Row:
+    """Returns the row of a case: median and quartiles of the ratios of all rounds."""
+    low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75)).round(4).tolist()
+    peak, floor = peaks
+    return {
+        "case": case, "baseline": baseline, "ratio": ratio, "low": low, "high": high,
+        "peak_memory_ratio": round(peak / floor, 4) if peak is not None and floor else None,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- time
@@ -423,15 +463,31 @@ def _time(run: Run, images: Tensor) -> float:
 # -------------------------------------------------------------------------------------- memory
 
 
-def _peak_apart(*work: str | int) -> int | None:
-    # In a new process, so that no case inherits what another left behind; not in a fork, which
-    # torch's threads do not survive.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_start_measuring) as pool:
-        try:
-            return pool.submit(_peak, *work).result()
-        except BrokenProcessPool:  # killed for its memory
-            return None
+def peaks_apart(
+    works: Sequence[tuple],
+    measure: Callable[..., int | None] | None = None,
+    alone: bool = False,
+) -> Iterator[int | None]:
+    """Measures in another process, and in a new one if that is killed.
+
+    Not in a fork, which torch's threads do not survive.
+
+    Args:
+        works: What `measure` is called with.
+        measure: Returns a number of bytes; that of the maps if None.
+        alone: Whether each has a process of its own. Maps need none (measured: 3 % less at most),
+            as what they free goes back to the system; trainings keep more.
+    """
+    context, waiting = multiprocessing.get_context("spawn"), list(works)
+    while waiting:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_start_measuring) as pool:
+            ended = False
+            while waiting and not ended:
+                try:
+                    found, ended = pool.submit(measure or _peak, *waiting.pop(0)).result(), alone
+                except BrokenProcessPool:  # killed for its memory
+                    found, ended = None, True
+                yield found
 
 
 def _peak(network: str, size: int, device: str, seed: int, batch: int, case: str) -> int | None:
@@ -469,6 +525,12 @@ def _start_measuring() -> None:
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is not None:
         tune(M_MMAP_THRESHOLD, 64 * 1024)
+
+
+def _computes_bfloat16(device: str) -> bool:
+    from .training.runs import computes_bfloat16
+
+    return computes_bfloat16(device)
 
 
 def _trim() -> None:

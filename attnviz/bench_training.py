@@ -1,21 +1,22 @@
-"""What accumulation costs: training steps with and without it, in turn, as ratios.
+"""What training steps cost, in turn, as ratios: accumulation, and segmentation.
 
 A step is all of it: forward, loss, backward, optimizer, and with OAA the attention, the gate and
 the update of the memory, with OAA++ the drop layer, too. Every map passes the gate here, which is
-the most that a step can cost.
+the most that a step can cost. A step of a segmentation is compared with the same one written by
+hand in plain torch. Reading pictures is left out: trainings do it in threads of their own.
 """
 
 import gc
-import multiprocessing
 import random
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch.nn.functional import cross_entropy, interpolate
 from tqdm.auto import tqdm
 
 from .bench import (
@@ -24,23 +25,30 @@ from .bench import (
     _device_name,
     _quiet,
     _resident_peak,
-    _start_measuring,
     _time,
     _trim,
     _versions,
+    peaks_apart,
+    row_of,
 )
+from .data.masks import IGNORE
+from .deeplab import segmentation_network
 from .memory import AttentionMemory
 from .networks import oaa_network
 from .training.loop import Loop, optimizer_for, train_step
 from .training.measure import grids_of
 from .training.oaa import Accumulator, OAAConfig, Task, classification_losses, oaa_config
 from .training.pictures import Batch, Draws, groups, open_pictures
-from .training.runs import start_fabric
+from .training.runs import normalized, start_fabric
+from .training.segment import _Masks as Masks
+from .training.segment import _Task as MaskTask
+from .training.segment import segment_config, views
 
-__all__ = ["bench_oaa"]
+__all__ = ["bench_oaa", "bench_segment"]
 
 PLAIN = "training step"
 CASES = {PLAIN: None, "training step with OAA": "none", "training step with OAA++": "image"}
+BY_HAND, SEGMENT = "segmentation step in plain torch", "segmentation step"
 STEPS = 4  # of a round
 
 
@@ -73,18 +81,70 @@ def bench_oaa(
     Raises:
         ValueError: An argument is out of range, or a network is unknown.
     """
+    return _bench(dict.fromkeys(list(CASES)[1:], PLAIN), networks, batch, rounds, device, seed,
+                  size, memory, progress)  # fmt: skip
+
+
+def bench_segment(
+    networks: Sequence[str] = ("scenes",),
+    batch: int = 8,
+    rounds: int = 15,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seed: int = 0,
+    *,
+    size: int | None = None,
+    memory: bool = True,
+    progress: bool = True,
+) -> Benchmark:
+    """Measures time and peak memory of DeepLab's training steps against plain torch.
+
+    Args:
+        networks: Names for :func:`attnviz.deeplab.segmentation_network`; weights are random.
+        batch: See :func:`bench_oaa`, as for the others.
+        rounds: How often each case runs, four steps each time.
+        device: Where to compute.
+        seed: The seed of weights, images and order.
+        size: Height and width of the views: 112 for ``scenes``, else 321 if None.
+        memory: Whether to measure memory too.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The ratios; median and quartiles over the rounds.
+
+    Raises:
+        ValueError: An argument is out of range, or a network is unknown.
+    """
+    return _bench(
+        {SEGMENT: BY_HAND}, networks, batch, rounds, device, seed, size, memory, progress
+    )
+
+
+def _bench(
+    baselines: Mapping[str, str],
+    networks: Sequence[str],
+    batch: int,
+    rounds: int,
+    device: str,
+    seed: int,
+    size: int | None,
+    memory: bool,
+    progress: bool,
+) -> Benchmark:
     for name, value in (("batch", batch), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"expected `{name}` of 1 or more, got {value}")
     rows: list[Row] = []
-    total = len(networks) * len(CASES) * (rounds + memory)
+    cases = [*dict.fromkeys(baselines.values()), *baselines]
+    total = len(networks) * len(cases) * (rounds + memory)
     with tqdm(total=total, disable=not progress, unit="run") as bar, _quiet():
         for network in networks:
-            bar.set_description(f"{network}, batch {batch}")
-            side = size or (112 if network == "scenes" else 224)
-            subjects = {case: _Subject(network, side, batch, device, seed, case) for case in CASES}
-            names, order = list(CASES), random.Random(seed)
-            seconds: dict[str, list[float]] = {case: [] for case in CASES}
+            where = f"{network}, batch {batch}"
+            bar.set_description(where)
+            large = 224 if PLAIN in cases else 321
+            side = size or (112 if network.startswith("scenes") else large)
+            subjects = {case: _subject(network, side, batch, device, seed, case) for case in cases}
+            names, order = list(cases), random.Random(seed)
+            seconds: dict[str, list[float]] = {case: [] for case in cases}
             for subject in subjects.values():
                 subject.run(subject.images)
             for _ in range(rounds):
@@ -92,15 +152,33 @@ def bench_oaa(
                 for case in names:
                     seconds[case].append(_time(subjects[case].run, subjects[case].images))
                     bar.update()
-            device_used = subjects[PLAIN].loop.fabric.device
+            used = subjects[cases[0]].images.device
             del subjects
-            peaks: dict[str, int | None] = dict.fromkeys(CASES)
-            for case in CASES if memory else ():
-                work = (network, side, batch, device_used.type, seed, case)
-                peaks[case] = _peak(*work) if device_used.type == "cuda" else _apart(*work)
+            peaks: dict[str, int | None] = dict.fromkeys(cases)
+            works = [(network, side, batch, used.type, seed, case) for case in cases if memory]
+            measured = (
+                (_peak(*work) for work in works) if used.type == "cuda"
+                else peaks_apart(works, _peak, alone=True)
+            )  # fmt: skip
+            for work, peak in zip(works, measured, strict=True):
+                peaks[work[-1]] = peak
                 bar.update()
-            rows += _rows(f"{network}, batch {batch}", seconds, peaks)
-    return Benchmark(_device_name(device_used), _versions(), rows, rounds, seed)
+            rows += [
+                row_of(
+                    f"{where}: {case}", f"{where}: {baseline}",
+                    np.array(seconds[case]) / np.array(seconds[baseline]),
+                    (peaks[case], peaks[baseline]),
+                )
+                for case, baseline in baselines.items()
+            ]  # fmt: skip
+    return Benchmark(_device_name(used), _versions(), rows, rounds, seed)
+
+
+def _subject(
+    network: str, size: int, batch: int, device: str, seed: int, case: str
+) -> "_Subject | _Masks":
+    kind = _Masks if case in (SEGMENT, BY_HAND) else _Subject
+    return kind(network, size, batch, device, seed, case)
 
 
 class _Subject:
@@ -137,14 +215,60 @@ class _Subject:
         self.steps = 0
 
     def run(self, images: torch.Tensor) -> None:
-        for views in self.views:
-            train_step(self.loop, self, views, (2, self.steps))
+        for parts in self.views:
+            train_step(self.loop, self, parts, (2, self.steps))
             self.steps += 1
 
     def learn(
         self, batch: Batch, images: Float[torch.Tensor, "b 3 h w"], place: tuple[int, int]
     ) -> Float[torch.Tensor, " b"]:
         return classification_losses(self.loop, self.accumulator, batch, images, place)[0]
+
+
+class _Masks:
+    # A training on true masks, or the same one by hand.
+    def __init__(
+        self, network: str, size: int, batch: int, device: str, seed: int, case: str
+    ) -> None:
+        config = segment_config(
+            network=network, crop=size, batch_size=batch, device=device, seed=seed,
+            learning_rate=0.0, precision="32",
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        pictures = open_pictures("scenes", "train", size=size, count=STEPS * batch, seed=seed)
+        model = segmentation_network(network, len(pictures.class_names), "random")
+        optimizer = optimizer_for(config, model.old_parameters(), model.new_parameters())
+        fabric = start_fabric(config)
+        task = MaskTask(model, config.loss).to(fabric.device, memory_format=torch.channels_last)
+        task.train()
+        self.model, self.optimizer, self.by_hand = model, optimizer, case == BY_HAND
+        if not self.by_hand:
+            task, self.optimizer = fabric.setup(task, optimizer)
+        self.loop = Loop(
+            config, Path(), fabric, task, self.optimizer, pictures, model.mean, model.std, False
+        )
+        self.lesson = Masks(self.loop, model, None, {})
+        draws = Draws.of(seed, 0, len(pictures), shuffle=True, flips=True, crops=False)
+        fill = tuple(round(255 * part) for part in model.mean)
+        read = partial(views, config, fill, pictures)
+        self.views = [read(part.tolist(), draws, False, 1) for part in draws.order.split(batch)]
+        self.images = torch.zeros(1, device=fabric.device)  # what says where time is taken
+
+    def run(self, images: torch.Tensor) -> None:
+        for number, parts in enumerate(self.views):
+            if self.by_hand:
+                self.step(parts[0].pixels.to(images.device), parts[0].labels.to(images.device))
+            else:
+                train_step(self.loop, self.lesson, parts, (0, number))
+
+    def step(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        scores = self.model(normalized(pixels, self.model.mean, self.model.std))
+        shown = interpolate(
+            scores, labels.shape[1:], mode="bilinear", align_corners=self.model.cornered
+        )
+        cross_entropy(shown, labels.long(), ignore_index=IGNORE).backward()
+        self.optimizer.step()
 
 
 def _config(network: str, size: int, batch: int, device: str, seed: int, drop: str) -> OAAConfig:
@@ -154,27 +278,6 @@ def _config(network: str, size: int, batch: int, device: str, seed: int, drop: s
     )  # fmt: skip
 
 
-def _rows(where: str, seconds: dict[str, list[float]], peaks: dict[str, int | None]) -> list[Row]:
-    rows: list[Row] = []
-    for case in list(CASES)[1:]:
-        ratios = np.array(seconds[case]) / np.array(seconds[PLAIN])
-        low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75)).round(4).tolist()
-        peak, floor = peaks[case], peaks[PLAIN]
-        rows.append({
-            "case": f"{where}: {case}", "baseline": f"{where}: {PLAIN}",
-            "ratio": ratio, "low": low, "high": high,
-            "peak_memory_ratio": round(peak / floor, 4) if peak is not None and floor else None,
-        })  # fmt: skip
-    return rows
-
-
-def _apart(*work: str | int) -> int | None:
-    # In a new process, so that no case inherits what another left behind.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_start_measuring) as pool:
-        return pool.submit(_peak, *work).result()
-
-
 def _peak(network: str, size: int, batch: int, device: str, seed: int, case: str) -> int | None:
     # Bytes that a training needs at most, network, optimizer and attention memory included.
     gc.collect()
@@ -182,11 +285,11 @@ def _peak(network: str, size: int, batch: int, device: str, seed: int, case: str
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        subject = _Subject(network, size, batch, device, seed, case)
+        subject = _subject(network, size, batch, device, seed, case)
         subject.run(subject.images)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    small = _Subject("scenes", 32, 2, device, seed, case)  # loads code, so that only work counts
+    small = _subject("scenes", 32, 2, device, seed, case)  # loads code, so that only work counts
     small.run(small.images)
     _trim()
     try:
@@ -194,6 +297,6 @@ def _peak(network: str, size: int, batch: int, device: str, seed: int, case: str
     except OSError:
         return None
     before = _resident_peak()
-    subject = _Subject(network, size, batch, device, seed, case)
+    subject = _subject(network, size, batch, device, seed, case)
     subject.run(subject.images)
     return _resident_peak() - before

@@ -7,13 +7,17 @@ raw map at the stage's resolution; :func:`normalize` and :func:`scale` change it
 :func:`fuse` joins the stages. Nothing here runs a network: see :mod:`attnviz.explain`.
 """
 
+import math
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from .checks import check_size
 
 __all__ = [
     "METHODS",
@@ -30,6 +34,7 @@ __all__ = [
 ]
 
 Scaling = Literal["none", "tanh", "sqrt", "tan"]
+Rule = Literal["max", "or"]
 
 
 def cam(
@@ -215,12 +220,16 @@ def fuse(
     *,
     scaling: Scaling = "tanh",
     scaled: Literal["shallow", "all", "none"] | Collection[int] = "shallow",
+    rule: Rule = "max",
 ) -> Float[Tensor, "*b h w"]:
     r"""Fuses the maps of several stages: scaled, resized, joined by the largest value.
 
     .. math:: M_{ij} = \max_k \hat M^{(k)}_{ij}, \qquad \hat M^{(k)} = \phi(M^{(k)} / \max M^{(k)})
 
-    A map that is not scaled is still divided by its maximum, so every stage has a say.
+    A map that is not scaled is still divided by its maximum, so every stage has a say. With
+    ``rule="or"`` stages that agree raise one another:
+
+    .. math:: M_{ij} = 1 - \prod_k \big( 1 - \min(1, \hat M^{(k)}_{ij}) \big)
 
     Args:
         maps: Raw maps, shallow stage first; sizes may differ, leading dimensions may not.
@@ -230,6 +239,8 @@ def fuse(
         scaling: See :func:`scale`.
         scaled: Which maps are scaled: all but the last one given (``shallow``, what the thesis
             describes), ``all``, ``none``, or their positions in `maps`.
+        rule: ``max``, the thesis' rule, or ``or``, the probability that one of several
+            independent stages is right, whose best threshold is higher.
 
     Returns:
         The fused map, at least 0.
@@ -247,11 +258,21 @@ def fuse(
     if len({tuple(stage.shape[:-2]) for stage in maps}) > 1:
         shapes = [tuple(stage.shape) for stage in maps]
         raise ValueError(f"expected maps of the same images and classes, got shapes {shapes}")
-    if not 0 < gamma < float("inf"):
-        raise ValueError(f"expected `gamma` above 0 and finite, got {gamma}")
-    if size is not None and not (isinstance(size, tuple | torch.Size | list) and len(size) == 2):
-        raise ValueError(f"expected `size` as (height, width), got {size!r}")
-    if size is None:
+    if rule not in get_args(Rule):
+        raise ValueError(f"expected `rule` in {get_args(Rule)}, got {rule!r}")
+    for stage in maps:
+        if not stage.is_floating_point():
+            raise TypeError(f"expected maps of floats, got {stage.dtype}; maps.float()")
+        if 0 in stage.shape[-2:] or not stage.isfinite().all():
+            raise ValueError(
+                f"expected finite maps of at least 1 x 1, got {tuple(stage.shape)} or NaN or "
+                "infinity; check the network"
+            )
+    if not isinstance(gamma, Real) or not 0 < gamma < math.inf:
+        raise ValueError(f"expected `gamma` above 0 and finite, got {gamma!r}")
+    if size is not None:
+        check_size("size", size)
+    else:
         size = max((tuple(stage.shape[-2:]) for stage in maps), key=lambda hw: hw[0] * hw[1])
     presets = {"shallow": range(len(maps) - 1), "all": range(len(maps)), "none": ()}
     if isinstance(scaled, str) and scaled not in presets:
@@ -261,7 +282,13 @@ def fuse(
     for position, stage in enumerate(maps):
         value = scale(stage, scaling if position in chosen else "none", gamma)
         value = resize(value, size)
-        fused = value if fused is None else torch.maximum(fused, value)
+        value = value if rule == "max" else value.clamp(max=1)
+        if fused is None:
+            fused = value
+        elif rule == "max":
+            fused = torch.maximum(fused, value)
+        else:
+            fused = fused + value - fused * value
     return fused
 
 

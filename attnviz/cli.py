@@ -16,6 +16,7 @@ from tqdm import tqdm
 from . import __version__
 from .cam import METHODS, Scaling, fuse, resize, scale
 from .colors import overlay
+from .deeplab import SEGMENTATION_NETWORKS
 from .explain import GradientAt, StageMaps, excitation_backprop, scorecam, stage_maps
 from .files import write_whole
 from .images import read_image
@@ -467,7 +468,10 @@ def _add_segment(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--true-count", type=int, default=0, help="so many images have their true masks"
     )
-    parser.add_argument("--network", help="scenes for scenes, else largefov_vgg16; or aspp_...")
+    networks = ", ".join(SEGMENTATION_NETWORKS)
+    parser.add_argument(
+        "--network", help=f"one of {networks}; scenes for scenes, else largefov_vgg16"
+    )
     parser.add_argument("--weights", default="auto", help="to start from: auto, random or a file")
     parser.add_argument("--images", type=int, default=2000, help="how many scenes are drawn")
     parser.add_argument("--limit", type=int, help="at most so many images, for a quick look")
@@ -498,7 +502,7 @@ def _add_defect(kinds: argparse._SubParsersAction) -> None:
         "--validation-images", type=int, default=400, help="at most so many to measure on"
     )
     parser.add_argument("--size", type=int, help="height and width of the images, in pixels")
-    _add_loop(parser, ("small", "thesis"))
+    _add_loop(parser, ("small", "thesis"), "thesis for resnet50, else small")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -509,11 +513,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_loop(
     parser: argparse.ArgumentParser,
     presets: Sequence[str] = ("small", "thesis", "released", "literature"),
+    default: str = "small for scenes, else thesis",
 ) -> None:
     parser.add_argument(
-        "--preset", choices=presets,
-        help="whose batch, learning rates and schedule; small for scenes, else thesis",
-    )  # fmt: skip
+        "--preset", choices=presets, help=f"whose batch, learning rates and schedule; {default}"
+    )
     parser.add_argument("--epochs", type=int, help="how often each image is seen")
     parser.add_argument("--batch-size", type=int, help="images per step")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a step, for memory")
@@ -680,6 +684,40 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--network", nargs="+", default=["vgg16", "resnet50"])
     parser.add_argument("--rounds", type=int, default=5, help="how often each case runs")
     parser.add_argument("--no-ablation", action="store_true", help="leave out the ablations")
+    about = "segmentation's training steps against the same in plain torch"
+    parser = _add(kinds, "segment", _bench_segment, about)
+    parser.add_argument("--network", nargs="+", default=["scenes"])
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
+    parser.add_argument("--size", type=int, help="height and width; the network's usual ones")
+    parser.add_argument("--rounds", type=int, default=15, help="how often each case runs")
+    parser = _add(kinds, "all", _bench_all, "all of these in one report")
+    parser.add_argument("--quick", action="store_true", help="a look, in under three minutes")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write bench.json, bench.png and bench.html"
+    )
+
+
+def _bench_all(options: argparse.Namespace) -> dict[str, object]:
+    from .bench_all import bench_all, write_benchmark
+
+    if options.out is not None:
+        check_writable(options.out)
+    result = bench_all(options.quick, options.device, options.seed)
+    _say(str(result))
+    for path in write_benchmark(result, options.out) if options.out is not None else ():
+        _say(str(path))
+    return result.to_json()
+
+
+def _bench_segment(options: argparse.Namespace) -> dict[str, object]:
+    from .bench_training import bench_segment
+
+    result = bench_segment(
+        options.network, options.batch, options.rounds, options.device, options.seed,
+        size=options.size,
+    )  # fmt: skip
+    _say(str(result))
+    return result.to_json()
 
 
 def _bench_tree(options: argparse.Namespace) -> dict[str, object]:
@@ -803,7 +841,7 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
     about = "a table of the thesis: the paper's numbers beside ours"
     parser = _add(commands, "table", _table, about)
     parser.add_argument(
-        "id", nargs="?", metavar="ID", help="for instance 3.1; all: every one, as a page"
+        "id", nargs="*", metavar="ID", help="for instance 3.1; all: every one, as a page"
     )
     parser.add_argument("--list", action="store_true", help="name every table")
     parser.add_argument(
@@ -865,8 +903,10 @@ def _table(options: argparse.Namespace) -> dict[str, object]:
 
     if options.list:
         return {"tables": _listed(table_names())}
-    if options.id is None:
-        raise ValueError("expected the ID of a table, got none; see attnviz table --list")
+    if len(options.id) != 1:
+        got = " ".join(options.id) or "none"
+        raise ValueError(f"expected the ID of one table, or all, got {got}; see --list")
+    (id,) = options.id
     names = (
         "preset", "methods", "gradient_at", "threshold", "channels", "batch", "epochs", "repeats",
         "measure", "rule", "segment_epochs", "workers", "top", "decisions",
@@ -882,7 +922,7 @@ def _table(options: argparse.Namespace) -> dict[str, object]:
         "network": options.network, "weights": options.weights, "data_root": options.data_root,
         "limit": options.limit, "cache": options.cache, "device": _device(options),
     }  # fmt: skip
-    if options.id == "all":
+    if id == "all":
         out = options.out or Path("tables.html")
         check_writable(out.parent)
         say = _say if _is_first() else lambda text: None
@@ -892,7 +932,7 @@ def _table(options: argparse.Namespace) -> dict[str, object]:
         return report
     if options.out is not None:
         raise ValueError("expected --out with all only; --json writes one table")
-    table = make_table(options.id, data=options.data, seed=options.seed, **given)
+    table = make_table(id, data=options.data, seed=options.seed, **given)
     if _is_first():
         _say(str(table))
     return table.to_json()
@@ -936,9 +976,10 @@ def _figure(options: argparse.Namespace) -> dict[str, object]:
             raise ValueError(f"expected --masks TITLE=DIR, got {wrong[0]!r}")
         masks = {title: Path(folder) for title, _, folder in pairs}
     if options.data not in (None, "scenes"):
-        if options.data != "voc2012" or masks is None:
+        if options.data != "voc2012" or (masks is None and options.id != "2.5"):
             raise ValueError(
-                f"expected --data scenes or voc2012, with --masks, got {options.data}"
+                "expected --data scenes, or voc2012 for figure 2.5 or with --masks, "
+                f"got {options.data}"
             )
         from .data.voc import load_voc
         from .networks import data_root

@@ -6,6 +6,7 @@ panels repeats :func:`overlay` step by step and is tested equal to it. Values ar
 :func:`attnviz.cam.normalize`.
 """
 
+from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -63,6 +64,10 @@ def overlay(
     Returns:
         The picture with the map.
     """
+    if image.shape[:2] != map.shape:
+        raise ValueError(f"expected a map of {image.shape[:2]}, the picture's, got {map.shape}")
+    if not isinstance(opacity, Real) or not 0 <= opacity <= 1:
+        raise ValueError(f"expected `opacity` from 0 to 1, got {opacity!r}")
     levels = _levels(map)
     weight = opacity * np.sqrt(np.arange(256) / 255)[:, None]
     color = weight * _table(palette)
@@ -73,6 +78,8 @@ _table = palette  # the arguments named `palette` hide the function
 
 
 def _levels(map: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    if np.isnan(map).any():
+        raise ValueError("expected a map without NaN; look where they come from")
     return _round(np.clip(map, 0, 1) * 255)
 
 

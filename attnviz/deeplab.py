@@ -27,6 +27,9 @@ from .networks import (
     bundled_folder,
     data_root,
     oaa_network,
+    stated,
+    stated_count,
+    stated_names,
 )
 
 __all__ = [
@@ -270,10 +273,11 @@ def load_segmentation(path: str | Path) -> SegmentationNetwork:
             f"expected a trained segmentation network in {str(path)!r}, which is not there; "
             "finish its run with --resume"
         )
-    model = segmentation_network(facts["network"], int(facts["class_count"]), path).eval()
-    if "class_names" in facts:
-        model.class_names = tuple(json.loads(facts["class_names"]))
-    model.provenance["init"] = facts["init"]
+    network, init = stated(facts, path, "network", "init")
+    names = stated_names(facts, path)
+    model = segmentation_network(network, stated_count(facts, path, "class_count"), path).eval()
+    model.class_names = names
+    model.provenance["init"] = init
     return model
 
 

@@ -14,8 +14,6 @@ import io
 import json
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +24,8 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from .files import write_whole
+from .files import first_line, read_arrays, write_whole
+from .images import damage_named, opened
 
 __all__ = [
     "Evolution",
@@ -305,19 +304,13 @@ def load_evolution(run: str | os.PathLike[str]) -> Evolution:
         )
     settings = _read_header(header)
     try:
-        watched = tuple(
-            Watched(**each | {"size": tuple(each["size"]), "grid": tuple(each["grid"])})
-            for each in settings["watched"]
-        )
-        known = {
-            name: settings[name]
-            for name in ("run_id", "network", "data", "method", "rule", "drop", "planned")
-        }
-        class_names = tuple(settings["class_names"])
-    except (KeyError, TypeError) as error:
+        watched = tuple(map(_watched_from, settings["watched"]))
+        known = {name: _of_kind(kind, settings[name], name) for name, kind in _KNOWN.items()}
+        class_names = tuple(_of_kind(str, name, "class") for name in settings["class_names"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"expected a whole recording in {str(header)!r}, got one without {error}; "
-            "delete the folder and train again"
+            f"expected a whole recording in {str(header)!r}, got a damaged one "
+            f"({first_line(error)}); delete the folder and train again"
         ) from error
     recorded, skipped = [], []
     for path in sorted(header.parent.glob("epoch-*.npz")):
@@ -359,8 +352,6 @@ def stop_requested(run: str | os.PathLike[str]) -> bool:
 
 # --------------------------------------------------------------------------------------- files
 
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-
 
 def _read_header(path: Path) -> dict:
     try:
@@ -373,10 +364,35 @@ def _read_header(path: Path) -> dict:
         ) from error
     if version != FORMAT:
         raise ValueError(
-            f"expected a recording of format {FORMAT}, got {version} in {str(path)!r}; "
+            f"expected a recording of format {FORMAT}, got {version!r} in {str(path)!r}; "
             "install the version of attnviz that wrote it"
         )
     return settings
+
+
+_KNOWN = {
+    "run_id": str, "network": str, "data": str, "method": str, "rule": str, "drop": bool,
+    "planned": int,
+}  # fmt: skip
+
+
+def _of_kind(kind: type, value: object, name: str) -> object:
+    if type(value) is not kind:
+        raise TypeError(f"{name} {value!r}")
+    return value
+
+
+def _watched_from(row: dict) -> Watched:
+    sides = {
+        name: tuple(_of_kind(int, side, name) for side in row[name]) for name in ("size", "grid")
+    }
+    if any(len(each) != 2 or not 0 < min(each) <= max(each) < 65_536 for each in sides.values()):
+        raise ValueError(f"sizes {sides}")
+    for name, kind in (("image_id", str), ("class_id", int), ("picture", str)):
+        _of_kind(kind, row[name], name)
+    if row["mask"] is not None:
+        _of_kind(str, row["mask"], "mask")
+    return Watched(**row | sides)
 
 
 def _read_epoch(
@@ -384,10 +400,9 @@ def _read_epoch(
 ) -> dict[str, np.ndarray]:
     kinds = ("maps", "accumulated") if known["method"] == "oaa" else ("maps",)
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_arrays(path)
         run_id = str(arrays["run_id"])
-    except (*_UNREADABLE, AttributeError) as error:  # an array alone has no names
+    except (ValueError, KeyError) as error:
         raise ValueError("it is damaged or cut short") from error
     if run_id != known["run_id"]:
         raise ValueError(f"it belongs to run {run_id!r}")
@@ -436,9 +451,9 @@ def _rows(kind: str, recorded: Sequence[tuple[int, dict]], count: int, dtype: ty
 
 def _pixels(path: Path, mode: str) -> UInt8[np.ndarray, "H W *c"]:
     try:
-        with Image.open(path) as image:
+        with opened(path) as image, damage_named(path):
             return np.asarray(image.convert(mode))
-    except (OSError, SyntaxError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"expected a whole picture, got {str(path)!r}, which is missing or damaged; "
             "train again to record it"

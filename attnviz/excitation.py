@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from .graphs import OUTPUT, CutNetwork, Segment, trace
 
-__all__ = ["Record", "descend", "record"]
+__all__ = ["Record", "descend", "descend_from", "record"]
 
 _Rule = Literal["weighted", "share", "move", "keep"]
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -146,16 +146,25 @@ def descend(
         won, lost = won.where(~swap, lost), lost.where(~swap, won)
         return [(source, won - lost if contrastive else won)]
 
-    reached: dict[str, Tensor] = {OUTPUT: start}
-    for segment in reversed(record.segments):
-        [results] = segment.module.graph.output_node().args
-        at_end: dict[fx.Node, Tensor] = {}
-        for node, name in zip(results, segment.outputs, strict=True):
-            if name in reached:
-                _add(at_end, node, reached[name])
-        for name, p in _walk(segment.module, at_end, record.steps, hand_down).items():
-            _add(reached, name, p)
-    return [reached[stage] for stage in stages]
+    return _pass_down(record, {OUTPUT: start}, stages, hand_down)
+
+
+def descend_from(record: Record, stage: str, p: Tensor, stages: Sequence[str]) -> list[Tensor]:
+    """Passes winning probabilities from the neurons of a stage down to earlier stages.
+
+    Args:
+        record: The forward pass, from the earliest of the stages on.
+        stage: The value whose neurons have them.
+        p: The probabilities, as large as the stage's activation.
+        stages: The values wanted.
+
+    Returns:
+        The probabilities at each of `stages`, ``(b, c, h, w)``.
+
+    Raises:
+        ValueError: A layer between has no rule.
+    """
+    return _pass_down(record, {stage: p}, stages, _hand_down)
 
 
 def _start(output: Tensor, classes: Tensor) -> Tensor:
@@ -168,6 +177,21 @@ def _start(output: Tensor, classes: Tensor) -> Tensor:
 
 
 _HandDown = Callable[[fx.Node, _Step, Tensor], list[tuple[fx.Node, Tensor]]]
+
+
+def _pass_down(
+    record: Record, start: dict[str, Tensor], stages: Sequence[str], hand_down: _HandDown
+) -> list[Tensor]:
+    reached = dict(start)
+    for segment in reversed(record.segments):
+        [results] = segment.module.graph.output_node().args
+        at_end: dict[fx.Node, Tensor] = {}
+        for node, name in zip(results, segment.outputs, strict=True):
+            if name in reached:
+                _add(at_end, node, reached[name])
+        for name, p in _walk(segment.module, at_end, record.steps, hand_down).items():
+            _add(reached, name, p)
+    return [reached[stage] for stage in stages]
 
 
 def _walk(

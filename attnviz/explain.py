@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 GradientAt = Literal["native", "pool", "pool_up"]
+Precision = Literal["32", "bf16"]
 ScoreForm = Literal["released", "paper"]
 Target = Callable[[object], Tensor]
 ClassId = int | str | Integral
@@ -92,6 +93,7 @@ def stage_maps(
     *,
     stages: Sequence[int] | None = None,
     gradient_at: GradientAt = "native",
+    precision: Precision = "32",
 ) -> StageMaps:
     """Computes the maps of all stages, methods and classes from one forward pass.
 
@@ -114,6 +116,9 @@ def stage_maps(
             activation (the released localization code). ``pool``: activation and gradient at
             the pooling layer. A stage that ends in a stride is averaged over 2 x 2 instead; the
             deepest stage without pooling stays native.
+        precision: ``32`` computes in the network's own type. ``bf16`` runs the network in
+            bfloat16 (autocast, channels last), which is faster on GPUs and on processors that
+            compute with it; maps then agree to about two digits and are float32 all the same.
 
     Returns:
         The maps, detached.
@@ -132,9 +137,15 @@ def stage_maps(
     methods = _check_methods(methods)
     if gradient_at not in get_args(GradientAt):
         raise ValueError(f"expected `gradient_at` in {get_args(GradientAt)}, got {gradient_at!r}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"expected `precision` in {get_args(Precision)}, got {precision!r}")
     numbers = net.check_stages(stages)
+    lower = precision == "bf16"
+    if lower:
+        images = images.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(False), torch.enable_grad():
-        pieces = net.differentiable(images, numbers)
+        with torch.autocast(net.device.type, torch.bfloat16, enabled=lower):
+            pieces = net.differentiable(images, numbers)
         targets, ids = _targets(net, pieces.output, class_ids, len(images))
         sources = _sources(pieces, gradient_at)
         activations = _activations(pieces, gradient_at, net, numbers)
@@ -162,10 +173,13 @@ def stage_maps(
                 gradient = _at_activation(
                     gradient.to(activation.dtype), pieces, position, gradient_at, deepest
                 )
+                if lower:
+                    activation, gradient = activation.float(), gradient.float()
                 for method in methods:
                     maps[method][position].append(METHODS[method](activation, gradient))
             del gradient
-    return _collect(net, numbers, maps, pieces.output, ids, {"gradient_at": gradient_at})
+    facts = {"gradient_at": gradient_at} | ({"precision": precision} if lower else {})
+    return _collect(net, numbers, maps, pieces.output, ids, facts)
 
 
 def scorecam(
@@ -300,7 +314,12 @@ def excitation_backprop(
     net._check_images(images)
     names = [net._parts.stages[number - 1] for number in numbers]
     with torch.inference_mode(False), torch.no_grad():
-        passed = record(net._parts, images, names[0])
+        try:
+            passed = record(net._parts, images, names[0])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise net._unfit(images, error) from error
         if not _is_rows(passed.output):
             got = type(passed.output).__name__.removeprefix("immutable_")  # torch.fx made it so
             raise ValueError(

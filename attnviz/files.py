@@ -1,12 +1,26 @@
 """Files that are whole: who reads, or dies here, leaves the old one or the new one."""
 
 import os
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import BinaryIO
 
-__all__ = ["only_one", "write_whole"]
+import numpy as np
+import torch
+
+__all__ = ["first_line", "only_one", "read_arrays", "read_saved", "write_whole"]
+
+_UNREADABLE = (  # what torch.load and np.load raise on damaged files
+    OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+    AssertionError, EOFError, MemoryError, SyntaxError, UnpicklingError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -30,6 +44,45 @@ def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> No
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_saved(path: Path) -> object:
+    """Reads what ``torch.save`` wrote, on the CPU: tensors and plain values, never code.
+
+    Raises:
+        ValueError: It is damaged or holds something else; the message is a few words.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = first_line(error)
+        if isinstance(error, UnpicklingError):  # torch advises to run whatever is in the file
+            reason = "it is damaged, or holds more than tensors and plain values"
+        raise ValueError(reason) from error
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads all arrays that ``np.savez`` wrote, by name; never code.
+
+    Raises:
+        ValueError: It is damaged or holds something else; the message is a few words.
+    """
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: np.asarray(file[name]) for name in file.files}
+    except _UNREADABLE as error:
+        raise ValueError(first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an error says in its first line, in at most 200 printable characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0][:200])
+
+
+def printable(text: str) -> str:
+    """Returns a text of a file's for one line: what would break or color it becomes ``?``."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def suppress(
     order = contributions.argsort(descending=True, stable=True)
     order = order[contributions[order] > 0]
     flat = maps[order].flatten(1)
-    masks = (flat >= flat.amax(dim=1, keepdim=True) / 2).to(maps.dtype)
+    masks = (flat >= flat.amax(dim=1, keepdim=True) / 2).float()  # whose counts are exact
     shared, areas = masks @ masks.T, masks.sum(dim=1)
     same = shared / (areas[:, None] + areas - shared) > threshold
     kept: list[int] = []

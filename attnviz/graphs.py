@@ -20,6 +20,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.proxy import TraceError
 from torch.utils._pytree import tree_leaves
 
+from .files import first_line
+
 __all__ = ["OUTPUT", "CutNetwork", "Segment", "cut_network", "input_channels", "trace"]
 
 OUTPUT = "output"
@@ -268,7 +270,7 @@ def trace(
         # the model's own code ran on symbols instead of tensors: any of these may come of it
         raise TypeError(
             "expected a convolutional network that torch.fx can trace, got "
-            f"{type(model).__name__} ({_first_line(error)}); name the modules that end its stages "
+            f"{type(model).__name__} ({first_line(error)}); name the modules that end its stages "
             "in `cuts`"
         ) from error
     for node in list(graph.nodes)[1:]:
@@ -340,7 +342,7 @@ def _check_equal(
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise ValueError(
                 f"expected {type(model).__name__} to take images of shape {tuple(image.shape)}, "
-                f"but it failed ({_first_line(error)}); give the height and width it takes as "
+                f"but it failed ({first_line(error)}); give the height and width it takes as "
                 "`image_size`"
             ) from error
         torch.manual_seed(0)
@@ -370,11 +372,6 @@ def _erase(node: fx.Node, graph: fx.Graph) -> None:
     for user in list(node.users):
         _erase(user, graph)
     graph.erase_node(node)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _scopes(node: fx.Node) -> list[str]:

@@ -1,14 +1,25 @@
 """Picture files in, pixels out: one reader for every mode a camera or an editor writes."""
 
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .files import first_line
 
 __all__ = ["network_size", "read_image", "to_pixels"]
 
 MIN_SIDE = 16
 MAX_PIXELS = 100_000_000
+_OPENING = Lock()
+_DAMAGED = (  # what Pillow raises on damaged files
+    OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, ArithmeticError,
+    AttributeError, MemoryError, RuntimeError, struct.error,
+)  # fmt: skip
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -28,23 +39,48 @@ def read_image(path: str | Path) -> Image.Image:
     if not path.is_file():
         reason = "no file" if path.exists() else "not there"
         raise FileNotFoundError(f"expected a picture file, got {str(path)!r}, which is {reason}")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own check says more
-    try:
-        with Image.open(path) as image:
-            _check_size(image.size, str(path))
+    with opened(path) as image:
+        _check_size(image.size, str(path))
+        with damage_named(path):
             return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def opened(path: Path, what: str = "picture") -> Image.Image:
+    """Opens a picture file, of which only the header is read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no picture, its header is damaged, or it has too many pixels.
+    """
+    with _OPENING, damage_named(path, what):
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own check says more
+        try:
+            image = Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(_too_large(image.size, str(path)))
+    return image
+
+
+@contextmanager
+def damage_named(path: Path, what: str = "picture") -> Iterator[None]:
+    """Says in one line that a file is damaged, for which Pillow has many words."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"expected a picture, got {str(path)!r}, which no picture format matches; "
+            f"expected a {what}, got {str(path)!r}, which no picture format matches; "
             "is it damaged or named wrongly?"
         ) from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow's words for damaged data
+    except _DAMAGED as error:
         raise ValueError(
-            f"expected a whole picture, got {str(path)!r}, which is damaged ({error}); "
-            "copy or save it again"
+            f"expected a whole {what}, got {str(path)!r}, which is damaged "
+            f"({first_line(error)}); copy or save it again"
         ) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def to_pixels(image: Image.Image | np.ndarray | str | Path) -> np.ndarray:
@@ -107,15 +143,20 @@ def _check_size(size: tuple[int, int], what: str) -> None:
             f"got {width} x {height} ({what})"
         )
     if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"expected a picture of at most {MAX_PIXELS / 1e6:.0f} million pixels, "
-            f"got {width} x {height} ({what}); make it smaller"
-        )
+        raise ValueError(_too_large(size, what))
+
+
+def _too_large(size: tuple[int, int], what: str) -> str:
+    return (
+        f"expected a picture of at most {MAX_PIXELS / 1e6:.0f} million pixels, "
+        f"got {size[0]} x {size[1]} ({what}); make it smaller"
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float grey
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        with np.errstate(invalid="ignore"):
+            values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 65535 if image.mode != "F" else max(1.0, float(values.max()))
         return Image.fromarray(np.clip(values / top * 255, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

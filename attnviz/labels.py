@@ -9,7 +9,7 @@ Every function looks at one image. Nothing here runs a network or reads a file.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from .checks import check_number, check_whole
 
 __all__ = [
     "CRF",
@@ -68,8 +70,7 @@ def superpixels(
     """
     from skimage.segmentation import felzenszwalb, slic
 
-    if not count >= 1:
-        raise ValueError(f"expected `count` of at least 1, got {count}")
+    check_whole("count", count, 1)
     _check_picture(image)
     if method == "slic":
         found = slic(image, count, compactness=10, start_label=0)
@@ -110,9 +111,8 @@ def superpixel_mean(
         )
     flat = regions.ravel()
     pixels = np.bincount(flat)
-    means = [
-        np.bincount(flat, map)[flat] / pixels[flat] for map in maps.flatten(1).numpy(force=True)
-    ]
+    values = maps.flatten(1).double().numpy(force=True)  # numpy has no bfloat16
+    means = [np.bincount(flat, map)[flat] / pixels[flat] for map in values]
     return torch.from_numpy(np.array(means).reshape(maps.shape)).to(maps)
 
 
@@ -145,7 +145,8 @@ def superpixel_labels(
     channels = torch.cat([maps.new_full((1, *regions.shape), background), means])
     if refine is not None:
         channels = refine(channels)
-    largest = channels.roll(-1, 0).numpy(force=True).argmax(axis=0)  # background loses a tie
+    values = channels.roll(-1, 0).double().numpy(force=True)
+    largest = values.argmax(axis=0)  # background loses a tie
     return ((largest + 1) % len(channels)).astype(np.uint8)
 
 
@@ -187,6 +188,7 @@ def background(
     if rule not in STRENGTHS:
         raise ValueError(f"expected `rule` in {get_args(BackgroundRule)}, got {rule!r}")
     strength = STRENGTHS[rule] if strength is None else strength
+    check_number("strength", strength, 0)
     if rule == "constant":
         return maps.new_full(maps.shape[1:], strength)
     none = maps.new_zeros(1, *maps.shape[1:])
@@ -256,7 +258,8 @@ def saliency_labels(
         channels = torch.cat([1 - saliency[None].to(maps), stretched])
         channels = torch.where(channels < floor, 0, channels)
     refined = channels if refine is None else refine(channels)
-    labels = refined.numpy(force=True).argmax(axis=0).astype(np.uint8)  # of equal ones the first
+    values = refined.double().numpy(force=True)
+    labels = values.argmax(axis=0).astype(np.uint8)  # of equal ones the first
     labels[((channels > conflict).sum(dim=0) >= 2).numpy(force=True)] = _IGNORE
     if saliency is not None:
         object_like = (saliency.to(maps) >= salient) | (stretched > strong).any(dim=0)
@@ -363,11 +366,11 @@ class CRF:
     """How far apart colors of 0 to 255 may be."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.iterations, Integral) or self.iterations < 1:
-            raise ValueError(f"expected `iterations` of at least 1, got {self.iterations}")
+        check_whole("iterations", self.iterations, 1)
         for name in ("w_smooth", "s_smooth", "w_color", "s_space", "s_color"):
             value, weight = getattr(self, name), name.startswith("w")
-            if not math.isfinite(value) or value < 0 or (value == 0 and not weight):
+            odd = not isinstance(value, Real) or not math.isfinite(value)
+            if odd or value < 0 or (value == 0 and not weight):
                 least = "at least" if weight else "above"
                 raise ValueError(f"expected a finite `{name}` {least} 0, got {value}")
 
@@ -433,6 +436,8 @@ def dense_crf(
     crf = preset if isinstance(preset, CRF) else CRF_PRESETS[preset]
     _check_finite("probabilities", probabilities)
     labels, height, width = probabilities.shape
+    if not labels:
+        raise ValueError("expected probabilities of at least one label, got none")
     if image.shape != (height, width, 3):
         raise ValueError(
             f"expected a picture of {height} x {width}, the probabilities' size, "

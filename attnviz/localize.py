@@ -26,6 +26,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from .checks import check_number, check_size, check_whole
+
 __all__ = [
     "THRESHOLDS",
     "Box",
@@ -153,11 +155,12 @@ def sweep_boxes(
     _check_threshold(float(thresholds[-1]))
     values, cuts = _compared(map, thresholds, rule, size)
     whole = values.shape
+    follow = _Follow() if (rule, keep) == ("component", "largest") else None
     top = left = before = regions = 0
     found, positions = [np.zeros((0, 4), np.int64)], []
     for position, cut in enumerate(cuts):
         mask = (values[top:, left:] > cut).view(np.uint8)
-        pixels = np.count_nonzero(mask)
+        pixels = int(np.count_nonzero(mask))
         if not pixels:
             break
         if pixels != before:  # else the same mask, since masks only shrink
@@ -166,8 +169,10 @@ def sweep_boxes(
             x, y = x & ~1, y & ~1  # even: OpenCV numbers regions by blocks of 2 x 2
             top, left, before = top + y, left + x, pixels
             mask = mask[y : y + height + 1, x : x + width + 1]
-            if keep == "largest" and rule != "contour_area":
-                boxes, regions = _largest(mask, rule, regions)
+            if follow is not None:
+                boxes = follow.largest(mask, pixels, values, (top, left))
+            elif keep == "largest" and rule == "rect":
+                boxes, regions = _largest_rectangle(mask, regions)
                 boxes = boxes + (left, top, left, top)
             else:
                 boxes, weights = _regions(mask, rule, (top, left), whole)
@@ -189,6 +194,9 @@ def eight_bit(
     Returns:
         Values from 0 to 255; all 0 for a map without a positive value.
     """
+    _check_map(map)
+    if size is not None:
+        check_size("size", size)
     positive = map.detach().double().relu()
     peak = positive.max()
     scaled = positive / peak * 255 if peak > 0 else torch.zeros_like(positive)
@@ -234,7 +242,10 @@ def peaks(
         https://arxiv.org/abs/1804.00880.
     """
     _check_map(map)
-    if window < 3 or window % 2 == 0:
+    check_whole("window", window, 3)
+    if at_least is not None:
+        check_number("at_least", at_least)
+    if window % 2 == 0:
         raise ValueError(f"expected `window` as an odd number from 3, got {window}")
     values = map.detach().double().cpu().numpy()
     if values.min() == values.max():
@@ -255,7 +266,9 @@ def _compared(
     # The values and, for each threshold, the number that they must exceed.
     _check_map(map)
     _check_rule(rule)
-    map = map.detach()
+    if size is not None:
+        check_size("size", size)
+    map = map.detach() if map.dtype == torch.float64 else map.detach().float()
     if rule == "component":
         map = map if size is None else _linear(map, size)
         shares = torch.from_numpy(thresholds).to(map)
@@ -293,51 +306,79 @@ def _regions(
     return boxes + (left, top, left, top), weights
 
 
-def _largest(mask: np.ndarray, rule: Rule, regions: int) -> tuple[np.ndarray, int]:
-    # The box of the largest region, and about how many regions there are. Outlines are faster
-    # than labels, unless there are many regions: `regions` is what to expect.
-    if regions <= (60 if rule == "rect" else 20):
-        contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        position = _largest_outline(contours, hierarchy[0, :, 3].tolist(), rule)
-        if position is not None:
-            x, y, width, height = cv2.boundingRect(contours[position])
+class _Follow:
+    # The largest region of a mask that shrinks from call to call. All regions are looked at only
+    # where the one that was the largest may no longer be: a region never grows, so the others
+    # have at most `_others` pixels outside of it, and inside what it has lost.
+    def __init__(self) -> None:
+        self._seed: tuple[int, int] | None = None  # its highest place, in the whole
+        self._pixels = self._others = 0
+
+    def largest(
+        self, mask: np.ndarray, pixels: int, values: np.ndarray, offset: tuple[int, int]
+    ) -> np.ndarray:
+        """Returns the box of a mask with so many pixels, which lies at `offset` in `values`."""
+        top, left = offset
+        if self._others == 0:
+            outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+            if len(outlines) == 1:
+                self._pixels = pixels
+                x, y, width, height = cv2.boundingRect(outlines[0])
+                return np.array([[left + x, top + y, left + x + width, top + y + height]])
+        box = self._flooded(mask, pixels, offset)
+        if box is None:
+            box = self._counted(mask, values[top:, left:], offset)
+        x, y, width, height = box
+        return np.array([[left + x, top + y, left + x + width, top + y + height]])
+
+    def _flooded(
+        self, mask: np.ndarray, pixels: int, offset: tuple[int, int]
+    ) -> Sequence[int] | None:
+        # Of the region with the seed; None where another one may be as large.
+        if self._seed is None:
+            return None
+        y, x = self._seed[0] - offset[0], self._seed[1] - offset[1]
+        if not (0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and mask[y, x]):
+            return None
+        found, _, _, box = cv2.floodFill(mask, None, (x, y), 2, flags=8)
+        others = max(self._others, min(self._pixels, pixels) - found)
+        if found <= others:
+            return None
+        self._pixels, self._others = found, 0 if found == pixels else others
+        return box
+
+    def _counted(
+        self, mask: np.ndarray, values: np.ndarray, offset: tuple[int, int]
+    ) -> Sequence[int]:
+        _, labels = cv2.connectedComponents(mask, connectivity=8)  # statistics take thrice as long
+        pixels = np.bincount(labels.ravel())
+        pixels[0] = 0
+        number = int(pixels.argmax())
+        self._pixels = int(pixels[number])
+        pixels[number] = 0
+        self._others = int(pixels.max())
+        region = labels == number
+        x, y, width, height = box = cv2.boundingRect(region.view(np.uint8))
+        part = (slice(y, y + height), slice(x, x + width))
+        inside = np.where(region[part], values[part], -np.inf)
+        row, column = divmod(int(inside.argmax()), width)
+        self._seed = (offset[0] + y + row, offset[1] + x + column)
+        return box
+
+
+def _largest_rectangle(mask: np.ndarray, regions: int) -> tuple[np.ndarray, int]:
+    # The largest bounding rectangle, and about how many regions there are: what to expect next.
+    # Outlines are faster than labels, unless there are many regions.
+    if regions <= 60:
+        contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        boxes = np.array([cv2.boundingRect(each) for each in contours])
+        weights = boxes[:, 2] * boxes[:, 3]
+        best = np.flatnonzero(weights == weights.max())
+        if len(best) == 1:  # else the topmost one is wanted, and outlines have another order
+            x, y, width, height = boxes[best[0]].tolist()
             return np.array([[x, y, x + width, y + height]]), len(contours)
-    if rule == "rect":
-        boxes, weights = _regions(mask, rule)
-        return boxes[weights.argmax()][None], len(boxes)
-    _, labels = cv2.connectedComponents(mask, connectivity=8)  # statistics take twice the time
-    pixels = np.bincount(labels.ravel())[1:]
-    region = (labels == 1 + pixels.argmax()).view(np.uint8)
-    x, y, width, height = cv2.boundingRect(region)
-    return np.array([[x, y, x + width, y + height]]), len(pixels)
-
-
-def _largest_outline(
-    contours: Sequence[np.ndarray], parents: Sequence[int], rule: Rule
-) -> int | None:
-    # None where several regions are equally large: the topmost one is wanted then, and outlines
-    # have another order.
-    outer = [i for i, parent in enumerate(parents) if parent < 0]
-    found, most = [], 0.0
-    for i in sorted(outer, key=lambda i: -len(contours[i])):
-        if (len(contours[i]) / 2 + 1) ** 2 < most:  # n steps span at most n/2 + 1 pixels
-            break
-        if rule == "rect":
-            _, _, width, height = cv2.boundingRect(contours[i])
-            size = float(width * height)
-        else:
-            holes = [contours[j] for j, parent in enumerate(parents) if parent == i]
-            size = _pixels(contours[i], 1) - sum(_pixels(hole, -1) for hole in holes)
-        if size >= most:
-            found, most = [*found, i] if size == most else [i], size
-    return found[0] if len(found) == 1 else None
-
-
-def _pixels(contour: np.ndarray, side: Literal[1, -1]) -> float:
-    # Pick's theorem: n steps round an area hold area + n/2 + 1 pixels with the outline (1), and
-    # area - n/2 + 1 without it (-1), which is what a hole takes away.
-    steps = len(contour) if len(contour) > 1 else 0
-    return cv2.contourArea(contour) + side * steps / 2 + 1
+    boxes, weights = _regions(mask, "rect")
+    return boxes[weights.argmax()][None], len(boxes)
 
 
 def _linear(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -355,15 +396,15 @@ def _check_map(map: Tensor) -> None:
         raise TypeError(
             f"expected `map` as a tensor, got {type(map).__name__}; torch.from_numpy(map)?"
         )
+    if map.ndim != 2 or not map.numel():
+        raise ValueError(f"expected `map` of shape (h, w), got {tuple(map.shape)}; map[0]?")
     if not map.isfinite().all():
         raise ValueError("expected `map` without NaN and infinity; look where they come from")
-    if map.ndim != 2:
-        raise ValueError(f"expected `map` of shape (h, w), got {tuple(map.shape)}; map[0]?")
 
 
 def _check_threshold(threshold: float) -> None:
-    if not 0 <= threshold < 1:
-        raise ValueError(f"expected `threshold` in [0, 1), got {threshold}")
+    if not isinstance(threshold, Real) or not 0 <= threshold < 1:
+        raise ValueError(f"expected `threshold` in [0, 1), got {threshold!r}")
 
 
 def _check_rule(rule: str) -> None:
@@ -470,6 +511,10 @@ def simonyan(
 def _seeds(image: np.ndarray, map: Tensor, threshold: float) -> np.ndarray:
     _check_threshold(threshold)
     values, cuts = _compared(map, np.array([threshold]), "component", None)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"expected `image` as bytes of shape (h, w, 3), got {image.dtype} {image.shape}"
+        )
     if image.shape[:2] != values.shape:
         raise ValueError(
             f"expected `map` at the image's size {image.shape[:2]}, got {values.shape}; "

@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import write_whole
+from .checks import check_size, check_whole
+from .files import first_line, write_whole
 
 __all__ = ["AttentionMemory", "Precision", "Rule", "place"]
 
@@ -94,10 +95,17 @@ class AttentionMemory:
             raise ValueError(
                 f"expected a grid and labels of every image, got one of the two for {min(odd)!r}"
             )
+        if not isinstance(run_id, str):
+            raise TypeError(f"expected `run_id` as text, got {run_id!r}")
         for image_id, grid in grids.items():
-            if min(grid) < 1:
-                raise ValueError(f"expected a grid of at least 1 x 1, got {grid} of {image_id!r}")
+            check_size(f"grids[{image_id!r}]", grid)
+            if max(grid) > 65_535:
+                raise ValueError(f"expected a grid below 65,536, got {grid} of {image_id!r}")
         for image_id, classes in labels.items():
+            for class_id in classes:
+                check_whole(f"labels[{image_id!r}]", class_id, 0)
+            if max(classes, default=0) >= 2**31:
+                raise ValueError(f"expected classes below 2**31, got {max(classes)}")
             if len(set(classes)) < len(classes):
                 raise ValueError(f"expected each class of {image_id!r} once, got {list(classes)}")
         encoded = [image_id.encode() for image_id in grids]
@@ -420,10 +428,10 @@ class AttentionMemory:
         try:
             with path.open("rb") as file:
                 metadata, arrays = _read(file, path.stat().st_size)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"expected an attention memory, got {str(path)!r}, which is damaged or something "
-                f"else ({error}); delete it and accumulate again"
+                f"else ({first_line(error)}); delete it and accumulate again"
             ) from error
         if run_id is not None and metadata["run_id"] != run_id:
             raise ValueError(
@@ -474,6 +482,8 @@ def place(
         The map on the image's grid, bilinear, and the cells whose center lies in the view; the
         others are 0. Both are what :meth:`AttentionMemory.update` takes.
     """
+    if grid is not None:
+        check_size("grid", grid)
     x0, y0, x1, y1 = box
     if not (x0 < x1 and y0 < y1):
         raise ValueError(f"expected `box` as (x0, y0, x1, y1) in shares, got {tuple(box)}")

@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer, Num
 from torch import Tensor
 
+from .checks import check_whole
+
 __all__ = [
     "IOUS",
     "BoxConvention",
@@ -84,6 +86,10 @@ def average_precision(
         The PASCAL Visual Object Classes Challenge: A Retrospective (Everingham et al., 2015),
         https://doi.org/10.1007/s11263-014-0733-5.
     """
+    if scores.isnan().any():
+        raise ValueError("expected scores without NaN, which have no rank; check the network")
+    if not scores.numel():
+        return torch.full(scores.shape[1:], torch.nan, dtype=torch.float64, device=scores.device)
     columns = zip(scores.double().unbind(1), targets.double().unbind(1), strict=True)
     return torch.stack([_area(score, target) for score, target in columns])
 
@@ -177,6 +183,8 @@ def _box_array(boxes: Boxes) -> np.ndarray:
     if len(array) and array.shape[1:] != (4,):
         raise ValueError(f"expected boxes (x0, y0, x1, y1), got an array {array.shape}")
     array = array.reshape(-1, 4)
+    if np.isinf(array).any():
+        raise ValueError("expected boxes (x0, y0, x1, y1) of finite numbers, got infinity")
     wrong = (array[:, 2:] < array[:, :2]).any(axis=1)
     if wrong.any():
         raise ValueError(
@@ -294,8 +302,9 @@ def bootstrap_interval(
     """
     if not len(values):
         raise ValueError("expected at least one value, got none")
-    if not 0 < level < 1:
-        raise ValueError(f"expected `level` in (0, 1), got {level}")
+    check_whole("resamples", resamples, 1)
+    if not isinstance(level, Real) or not 0 < level < 1:
+        raise ValueError(f"expected `level` in (0, 1), got {level!r}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     numbers = torch.from_numpy(np.asarray(values, dtype=np.float64))
     rows = max(1, 2_000_000 // len(numbers))  # as many draws at once as take 16 MB
@@ -371,8 +380,9 @@ def max_box_acc(counts: Int[np.ndarray, "*i t"], images: int) -> Float[np.ndarra
         Evaluating Weakly Supervised Object Localization Methods Right (Choe et al., 2020),
         https://arxiv.org/abs/2001.07437.
     """
-    if images < 1 or counts.max() > images:
-        raise ValueError(f"expected at least {counts.max()} and 1 `images`, got {images}")
+    if not counts.size:
+        raise ValueError("expected counts at one threshold at least, got none")
+    check_whole("images", images, max(1, int(counts.max())))
     return np.asarray(counts.max(axis=-1) / images)
 
 
@@ -410,8 +420,10 @@ def choose_threshold(ious: Float[np.ndarray, "b t"], at: float = 0.5) -> int:
         ious: One row per image, from :func:`sweep_ious`.
         at: Least intersection over union of a right box.
     """
-    if not len(ious):
-        raise ValueError("expected at least one image to choose on, got none; use more images")
+    if not ious.size:
+        raise ValueError(
+            "expected at least one image and threshold to choose on, got none; use more images"
+        )
     counts = sweep_counts(ious, [at])[0]
     best = np.flatnonzero(counts == counts.max())
     return int(best[len(best) // 2])
@@ -484,6 +496,8 @@ def localization_baselines(
         ``count``, ``score`` and its 95 % interval, ``low`` to ``high``. They compare with
         GT-known localization.
     """
+    if not len(sizes):
+        raise ValueError("expected at least one image, got none")
     shares = np.arange(1, 101) / 100 if shares is None else shares
     tried = np.append(shares, 1.0)  # the last one is the full image
     pairs = zip(sizes, truths, strict=True)
@@ -609,6 +623,8 @@ def confusion_matrix(
     Raises:
         ValueError: A class lies outside 0 to `class_count` - 1.
     """
+    check_whole("class_count", class_count, 1)
+    predictions, targets = predictions.long(), targets.long()  # bytes compare with bytes only
     counted = targets != ignored
     for name, classes in (("predictions", predictions), ("targets", targets)):
         wrong = classes[counted & ((classes < 0) | (classes >= class_count))]
@@ -616,7 +632,7 @@ def confusion_matrix(
             raise ValueError(
                 f"expected classes from 0 to {class_count - 1} in `{name}`, got {int(wrong[0])}"
             )
-    pairs = targets[counted].long() * class_count + predictions[counted].long()
+    pairs = targets[counted] * class_count + predictions[counted]
     return pairs.bincount(minlength=class_count**2).reshape(class_count, class_count)
 
 

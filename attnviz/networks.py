@@ -5,11 +5,10 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import safetensors.torch
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .files import first_line, read_saved
 from .stages import Staged, staged
 
 __all__ = [
@@ -25,9 +25,6 @@ __all__ = [
 ]  # fmt: skip
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-_UNREADABLE = (  # what readers raise on damaged files
-    OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError,
-)  # fmt: skip
 
 
 class FiveStage(nn.Module):
@@ -360,12 +357,13 @@ def _load_bundled(name: str, weights: str | Path) -> Staged:
     bundled = _metadata(bundled_folder() / "networks" / f"{name}.safetensors")
     own = _metadata(weights)
     metadata = own if own.get("head") == bundled["head"] else bundled
-    class_names = tuple(metadata["class_names"].split(","))
-    size = int(metadata["size"])
+    (names,) = stated(metadata, weights, "class_names")
+    class_names, size = tuple(names.split(",")), stated_count(metadata, weights, "size")
     model = FiveStage(len(class_names), metadata["head"], size).eval()
     provenance = _fill(model, weights, name)
     if own is metadata:
-        provenance |= {key: own[key] for key in ("command", "mean_average_precision")}
+        known = ("command", "mean_average_precision")
+        provenance |= zip(known, stated(own, weights, *known), strict=True)
     return staged(
         model, model.cuts, name=name, mean=model.mean, std=model.std, image_size=(size, size),
         class_names=class_names, multilabel=metadata.get("multilabel") != "False",
@@ -375,19 +373,56 @@ def _load_bundled(name: str, weights: str | Path) -> Staged:
 
 def _load_oaa(name: str, weights: str | Path) -> Staged:
     own = _metadata(weights)
-    network = own["network"]
+    network, rounding = stated(own, weights, "network", "ceil_mode")
     if name not in ("oaa", network):
         raise ValueError(
             f"expected `name` 'oaa' or {network!r} for {Path(weights).name}, got {name!r}"
         )
-    ceil_mode = own["ceil_mode"] == "True"
-    model = oaa_network(network, int(own["class_count"]), weights, ceil_mode=ceil_mode).eval()
-    names = json.loads(own["class_names"]) if "class_names" in own else None
+    count, ceil_mode = stated_count(own, weights, "class_count"), rounding == "True"
+    names = stated_names(own, weights)
+    model = oaa_network(network, count, weights, ceil_mode=ceil_mode).eval()
     size = (112, 112) if network == "scenes" else 224
     return staged(
         model, model.cuts, name=network, mean=model.mean, std=model.std, image_size=size,
         class_names=names, multilabel=True, provenance=model.provenance,
     )  # fmt: skip
+
+
+def stated(facts: Mapping[str, str], file: str | Path, *names: str) -> list[str]:
+    """Returns what a trained network's file says about itself; ValueError if it does not."""
+    if missing := [name for name in names if name not in facts]:
+        raise ValueError(
+            f"expected {missing[0]!r} in the header of {Path(file).name}, got none; it is "
+            "damaged, train the network again"
+        )
+    return [facts[name] for name in names]
+
+
+def stated_count(facts: Mapping[str, str], file: str | Path, name: str) -> int:
+    """Returns a number, from 1 to 65,535, of those; ValueError if it is none."""
+    (text,) = stated(facts, file, name)
+    if not text.isdecimal() or not 1 <= int(text[:6]) <= 65_535:
+        raise ValueError(
+            f"expected {name!r} in the header of {Path(file).name} as a number, got "
+            f"{text[:20]!r}; it is damaged, train the network again"
+        )
+    return int(text)
+
+
+def stated_names(facts: Mapping[str, str], file: str | Path) -> tuple[str, ...] | None:
+    """Returns the names of the classes in JSON, None if there are none; ValueError if not."""
+    if "class_names" not in facts:
+        return None
+    try:
+        names = tuple(json.loads(facts["class_names"]))
+    except (ValueError, TypeError, RecursionError):
+        names = (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"expected the names of classes in the header of {Path(file).name}, got others; it "
+            "is damaged, train the network again"
+        )
+    return names
 
 
 def _metadata(file: str | Path) -> dict[str, str]:
@@ -422,7 +457,8 @@ def _load_torchvision(name: str, weights: str | Path, root: Path) -> Staged:
     size = transform.crop_size[0]
     own = _metadata(weights)
     if "class_names" in own:  # one that was trained here
-        names, size = tuple(own["class_names"].split(",")), (int(own["size"]),) * 2
+        names = tuple(own["class_names"].split(","))
+        size = (stated_count(own, weights, "size"),) * 2
     return staged(
         model, name=name, mean=tuple(transform.mean), std=tuple(transform.std),
         image_size=size, class_names=names if count == len(names) else None,
@@ -454,7 +490,7 @@ def _load_timm(name: str, weights: str | Path, root: Path) -> Staged:
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"expected weights of {name}, found none in {str(root / 'weights')!r}, and timm could "
-            f"not fetch them ({_first_line(error)}); put a file there or pass `weights`"
+            f"not fetch them ({first_line(error)}); put a file there or pass `weights`"
         ) from error
     if weights is not None:
         model, provenance, _ = _filled(partial(timm.create_model, name), weights, name)
@@ -495,7 +531,7 @@ def _find_weights(name: str, root: Path, files: list[str], url: str | None) -> P
         raise FileNotFoundError(
             f"expected weights of {name}, found none in {str(folder)!r} (as {name}.pth or "
             f"{files[0]}) nor in {str(cache)!r}, and the download of {url} failed "
-            f"({_first_line(error)}); put the file into one of the two, or pass `weights`"
+            f"({first_line(error)}); put the file into one of the two, or pass `weights`"
         ) from error
     return cache / files[0]
 
@@ -525,6 +561,12 @@ def _fill(model: nn.Module, weights: str | Path, name: str) -> dict[str, str]:
     return provenance
 
 
+def check_weights(weights: str | Path) -> None:
+    """Raises where `weights` is a file that cannot be read; before hours of something else."""
+    if weights not in ("auto", "random"):
+        _read_state(Path(weights))
+
+
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(
@@ -542,11 +584,11 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+            state = read_saved(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"expected a file of weights, got {str(path)!r}, which could not be read "
-            f"({_first_line(error)}); save the state dict with torch.save or safetensors"
+            f"({first_line(error)}); save the state dict with torch.save or safetensors"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -571,8 +613,3 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], file: str, name: str
             f"expected weights that fit {name}, got {file} ({reason[:200]}); "
             "is it another network's?"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

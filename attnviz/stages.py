@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .files import first_line
 from .graphs import OUTPUT, CutNetwork, cut_network, input_channels
 from .images import network_size, to_pixels
 
@@ -248,10 +249,13 @@ class Staged:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:  # torch's words for wrong sizes and types
-            raise ValueError(
-                f"expected images that {self.name} can take, got {tuple(images.shape)}, "
-                f"{images.dtype}, {images.device} ({str(error).strip().splitlines()[0]})"
-            ) from error
+            raise self._unfit(images, error) from error
+
+    def _unfit(self, images: Tensor, error: Exception) -> ValueError:
+        return ValueError(
+            f"expected images that {self.name} can take, got {tuple(images.shape)}, "
+            f"{images.dtype}, {images.device} ({first_line(error)})"
+        )
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
@@ -259,7 +263,7 @@ class Staged:
                 f"expected images as a tensor (b, c, h, w), got {type(images).__name__}; "
                 "net.preprocess(image) makes one"
             )
-        if images.ndim != 4 or images.shape[0] == 0:
+        if images.ndim != 4 or 0 in images.shape:
             raise ValueError(
                 f"expected images of shape (b, c, h, w), got {tuple(images.shape)}; "
                 "add the batch dimension with images[None]"

@@ -167,6 +167,31 @@ def test_a_sweep_finds_the_boxes_of_single_thresholds(rule, seed):
     assert boxes.tolist() == [list(box) for box in expected]
 
 
+def test_a_sweep_follows_the_largest_region_from_one_to_another():
+    map = torch.zeros(40, 60)
+    map[2:32, 2:12] = torch.linspace(0.15, 0.45, 30)[:, None]  # wide and low, shrinks row by row
+    map[5:10, 20:50] = torch.linspace(0.3, 0.65, 30)  # shrinks column by column
+    map[20:30, 22:32] = 0.6
+    map[20:30, 26] = 0.5  # falls apart into two
+    map[35:38, 40:43] = 1.0
+    thresholds = np.arange(0, 1, 0.01)
+    boxes, _ = sweep_boxes(map, thresholds)
+    expected = [map_to_box(map, float(threshold)) for threshold in thresholds]
+    assert boxes.tolist() == [list(box) for box in expected]
+    places = {(box[0], box[1]) for box in expected}
+    assert {(22, 20), (27, 20), (40, 35)} <= places
+    assert any(x < 12 for x, _ in places)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sweep_of_noise_finds_the_boxes_of_single_thresholds(seed):
+    map, thresholds = _smooth(seed, sigma=0.6), np.arange(0, 1, 0.02)
+    boxes, _ = sweep_boxes(map, thresholds)
+    expected = [map_to_box(map, float(threshold)) for threshold in thresholds]
+    assert boxes.tolist() == [list(box) for box in expected]
+    assert len({box[:2] for box in expected}) > 5
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sweep_breaks_ties_as_single_thresholds_do(seed):
     generator = np.random.default_rng(seed)

@@ -188,7 +188,7 @@ def test_a_memory_is_described_consistently(untyped):
         AttentionMemory({"a": (1, 1), "b": (1, 1)}, {"a": [0]}, run_id="r")
     with pytest.raises(ValueError, match=r"each class of 'a' once, got \[3, 3\]"):
         AttentionMemory({"a": (1, 1)}, {"a": [3, 3]}, run_id="r")
-    with pytest.raises(ValueError, match=r"a grid of at least 1 x 1, got \(0, 4\) of 'a'"):
+    with pytest.raises(ValueError, match=r"`grids\['a'\]` as \(height, .* got \(0, 4\)"):
         AttentionMemory({"a": (0, 4)}, {"a": [3]}, run_id="r")
     with pytest.raises(ValueError, match=r"`rule` in \('max', 'mean'\), got 'sum'"):
         _memory(rule="sum")

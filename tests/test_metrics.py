@@ -369,9 +369,9 @@ def test_bad_arguments_say_what_is_expected(untyped):
         bootstrap_interval(np.zeros(0))
     with pytest.raises(ValueError, match=r"`level` in \(0, 1\), got 95"):
         bootstrap_interval(np.zeros(3), 95)
-    with pytest.raises(ValueError, match="at least 4 and 1 `images`, got 3"):
+    with pytest.raises(ValueError, match="expected `images` of at least 4, got 3"):
         max_box_acc(np.array([1, 4]), 3)
-    with pytest.raises(ValueError, match="one image to choose on, got none; use more images"):
+    with pytest.raises(ValueError, match="one image and threshold to choose on, got none"):
         held_out_hits(np.zeros((2, 3)), np.array([True, True]))
     with pytest.raises(ValueError, match="one image to score on, got none; use more images"):
         held_out_hits(np.zeros((2, 3)), np.array([False, False]))

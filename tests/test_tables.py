@@ -13,7 +13,6 @@ from attnviz.cli import main
 from attnviz.stages import staged
 from attnviz.tables import METHODS, Table, make_table, table_names
 from attnviz.tables import localization as tables
-from attnviz.tables import measured as measured_tables
 from attnviz.tables.table import numbers
 
 CELL = {"paper", "ours", "low", "high"}
@@ -454,19 +453,6 @@ def test_a_device_is_written_to_and_never_replaced(tmp_path):
     assert pipe.is_fifo()
 
 
-def test_only_the_first_of_several_processes_speaks_and_writes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measured_tables, "_wait", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    command = ["table", "3.8", "--limit", "12", "--cache", str(tmp_path / "cache")]
-    command += ["--json", str(tmp_path / "table.json"), "--device", "cpu"]
-    for rank, speaks in (("1", False), ("0", True)):
-        monkeypatch.setenv("RANK", rank)
-        assert main(command) == 0
-        assert (tmp_path / "table.json").exists() == speaks
-        assert bool(capsys.readouterr().out) == speaks
-    assert json.loads((tmp_path / "table.json").read_text())["n"] == 12
-
-
 def test_generated_scenes_depend_on_their_seed(tmp_path):
     options = {"limit": 4, "cache": tmp_path, "progress": False}
     first, again, other = (make_table("3.8", seed=seed, **options) for seed in (0, 0, 1))
@@ -474,17 +460,6 @@ def test_generated_scenes_depend_on_their_seed(tmp_path):
     assert first.rows != other.rows
     assert (first.network, first.data, first.n, other.seed) == ("scenes_fc", "scenes", 4, 1)
     assert any("generated" in note for note in first.notes)
-
-
-def test_several_processes_share_the_pictures(fresh, tmp_path, monkeypatch):
-    whole = fresh("3.1", cache=tmp_path / "other", batch=1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(measured_tables, "_wait", lambda: None)
-    monkeypatch.setenv("RANK", "1")
-    assert fresh("3.1", batch=1, threshold="fixed").n == 2  # its own half, as it does not wait
-    monkeypatch.setenv("RANK", "0")
-    assert fresh("3.1", batch=1).to_json() == whole.to_json()
-    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.real

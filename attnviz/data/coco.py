@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from ..files import first_line
 from ..images import MAX_PIXELS
 from .folder import Problems, check_limit
 from .masks import IGNORE, MaskedImages
@@ -183,7 +184,7 @@ def read_instances(
     except (
         ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError,
     ) as error:  # fmt: skip
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(
             f"expected COCO's instances in {str(path)!r}, got something else ({reason}); get the "
             "annotations again"

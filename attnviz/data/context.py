@@ -15,19 +15,16 @@ has no name in it is background. With 459 labels masks are 16-bit and 65,535 is 
 """
 
 import re
-import struct
-import zlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int, UInt8, UInt16
+from jaxtyping import UInt8, UInt16
 
-from ..images import MAX_PIXELS
 from .folder import Problems, check_limit, list_names, read_lines
 from .masks import MaskedImages, read_label_picture
+from .matlab import read_matrix
 
 __all__ = ["load_context"]
 
@@ -156,71 +153,8 @@ def _read_split(root: Path, split: str) -> list[str]:
 def _read_map(
     path: Path, table: np.ndarray
 ) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
-    labels = _read_matrix(path)
+    labels = read_matrix(path, "LabelMap")
     if labels.min() < 0 or labels.max() >= len(table):
         wrong = labels[(labels < 0) | (labels >= len(table))].flat[0]
         raise ValueError(f"expected labels 0 to {len(table) - 1} in {str(path)!r}, got {wrong}")
     return table.astype(np.uint8 if table.max() < 255 else np.uint16)[labels]
-
-
-# ----------------------------------------------------------------------------- MATLAB's files
-
-_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
-_MATRIX, _COMPRESSED = 14, 15
-
-
-def _read_matrix(path: Path, name: str = "LabelMap") -> Int[np.ndarray, "h w"]:
-    # A matrix of whole numbers from a file of MATLAB 5. Own code, as scipy.io.loadmat, which runs
-    # nothing from a file either, can end the process where a file is damaged.
-    try:
-        matrix = _find_matrix(path.read_bytes(), name)
-    except (ValueError, struct.error, zlib.error) as error:
-        raise ValueError(
-            f"expected the matrix {name} in {str(path)!r}, got a file without or a damaged one "
-            f"({error}); unpack the archive again"
-        ) from error
-    return matrix
-
-
-def _find_matrix(data: bytes, name: str) -> Int[np.ndarray, "h w"]:
-    if data[126:128] not in (b"IM", b"MI"):
-        raise ValueError("no header of MATLAB 5")
-    order = "<" if data[126:128] == b"IM" else ">"
-    for kind, body in _elements(data[128:], order):
-        if kind == _COMPRESSED:
-            unpacking = zlib.decompressobj()
-            unpacked = unpacking.decompress(body, 8 * MAX_PIXELS)
-            kind, body = next(_elements(unpacked, order), (0, b""))
-        if kind != _MATRIX:
-            continue
-        parts = list(_elements(body, order))
-        if len(parts) < 4 or parts[2][1] != name.encode():
-            continue
-        size = np.frombuffer(parts[1][1], f"{order}i4").tolist()
-        kind, body = parts[3]
-        if kind not in _TYPES or len(size) != 2 or min(size) < 1:
-            raise ValueError("no matrix of numbers")
-        values = np.frombuffer(body, order + _TYPES[kind])
-        if len(values) != size[0] * size[1]:
-            raise ValueError(f"{len(values)} values for {size[0]} x {size[1]}")
-        whole = values.dtype.kind != "f" or (abs(values) < 2**31) & (values == values.round())
-        if not np.all(whole):
-            raise ValueError("values that are no whole numbers")
-        return values.reshape(size, order="F").astype(np.int64)
-    raise ValueError("no such matrix")
-
-
-def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
-    # Type and bytes of each element; short ones have both in eight bytes.
-    at = 0
-    while at + 8 <= len(data):
-        kind, size = struct.unpack_from(f"{order}II", data, at)
-        start = at + 8
-        if kind >> 16:
-            kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
-        if start + size > len(data):
-            raise ValueError("it ends early")
-        yield kind, data[start : start + size]
-        at = start + size
-        if kind != _COMPRESSED:
-            at += -at % 8

@@ -19,7 +19,8 @@ from typing import overload
 from PIL import Image
 from tqdm import tqdm
 
-from ..images import read_image
+from ..files import printable
+from ..images import damage_named, opened, read_image
 
 __all__ = ["Box", "BoxList", "LabeledImage", "LabeledImages", "load_folder", "read_box_list"]
 
@@ -151,7 +152,7 @@ class Problems:
         entry = self._kinds.setdefault(kind, [0, []])
         entry[0] += count
         if len(entry[1]) < 3:
-            entry[1].append(where)
+            entry[1].append(printable(where))
 
     def add_all(self, kind: str, places: Iterable[str]) -> None:
         """Notes a problem for every place."""
@@ -287,6 +288,9 @@ def _fit(
     problems: Problems,
 ) -> tuple[Box, ...]:
     height, width = size
+    if drawn_on and min(drawn_on) < 1:
+        problems.add("sizes below 1 pixel, the file's own taken", where)
+        drawn_on = None
     drawn_height, drawn_width = drawn_on or size
     kept = []
     for x0, y0, x1, y1 in boxes:
@@ -308,14 +312,9 @@ def _fit(
 
 def _header(path: Path) -> tuple[tuple[int, int], int]:
     """Width and height as stored, and the EXIF orientation."""
-    try:
-        with Image.open(path) as image:
-            return image.size, image.getexif().get(_ORIENTATION, 1)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"expected a picture, got {str(path)!r}, whose header cannot be read; "
-            "copy or download it again"
-        ) from error
+    with opened(path) as image, damage_named(path):
+        turned = image.getexif().get(_ORIENTATION, 1)
+        return image.size, turned if turned in range(1, 9) else 1
 
 
 def read_stored(path: Path) -> Image.Image:

@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from xml.etree import ElementTree
 
 from tqdm import tqdm
 
+from ..files import first_line, read_saved
 from .folder import (
     Box,
     LabeledImages,
@@ -40,6 +40,7 @@ from .folder import (
     read_box_list,
     read_lines,
 )
+from .matlab import read_table
 
 __all__ = ["CLASS_COUNT", "find_pictures", "load_imagenet"]
 
@@ -239,16 +240,14 @@ def _read_synset_words(path: Path) -> _Synsets:
 
 def _read_meta_bin(path: Path) -> _Synsets:
     # torchvision's: ({wnid: (name, ...)}, the wnids of the val pictures)
-    import torch
-
     try:
-        words, _ = torch.load(path, weights_only=True)
+        words, _ = read_saved(path)
         wnids = sorted(words)
-        names = [words[wnid][0] for wnid in wnids]
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError, TypeError) as error:
+        names = [str(words[wnid][0]) for wnid in wnids]
+    except (ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"expected torchvision's meta.bin, got {str(path)!r}, which is damaged "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); delete it"
+            f"({first_line(error)}); delete it"
         ) from error
     _check_synsets(wnids, path)
     return _Synsets(wnids, names, path)
@@ -257,15 +256,13 @@ def _read_meta_bin(path: Path) -> _Synsets:
 def _read_meta_mat(path: Path) -> tuple[_Synsets, dict[int, int]]:
     # The development kit's table, and the class number of each of its ids 1 to 1000. A row is
     # (id, wnid, words, gloss, number of children, ...); rows with children are not classes.
-    from scipy.io import loadmat  # slow to import, rarely needed
-
+    rows = read_table(path, "synsets")
     try:
-        rows = loadmat(path, squeeze_me=True)["synsets"]
         leaves = [(int(row[0]), str(row[1]), str(row[2])) for row in rows if int(row[4]) == 0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise ValueError(
             f"expected the development kit's meta.mat, got {str(path)!r}, which is damaged "
-            f"({error}); unpack it again"
+            f"({first_line(error)}); unpack it again"
         ) from error
     leaves.sort(key=lambda leaf: leaf[1])
     wnids = [leaf[1] for leaf in leaves]
@@ -366,6 +363,8 @@ def _read_label_list(path: Path, synsets: _Synsets, problems: Problems) -> dict[
     # "ILSVRC2012_val_00000001.JPEG 65", or with a comma, or a WordNet id in place of the number
     listed, least, most = {}, CLASS_COUNT, 0
     for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
         name, label = ([*line.rsplit("," if "," in line else None, 1), ""])[:2]
         name, label = name.strip(), label.strip()
         if not name or (number == 1 and label.lower() in ("label", "class", "class_id")):
@@ -547,7 +546,7 @@ def _read_localization(
                 if len(values) != count:
                     raise ValueError
                 read(i, values)
-            except ValueError:
+            except (ValueError, OverflowError):
                 kind = f"lines of {path.name} without {count} numbers, left out"
                 problems.add(kind, f"line {number}")
 
@@ -591,7 +590,7 @@ def _read_annotations(
             continue  # reported as a picture without a box
         try:
             size, boxes, wnid = _read_annotation(path)
-        except (ElementTree.ParseError, ValueError):
+        except (ElementTree.ParseError, ValueError, OverflowError, LookupError):
             problems.add("XML files that cannot be read, left out", path.name)
             continue
         found.boxes[i] = boxes

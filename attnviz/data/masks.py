@@ -7,7 +7,6 @@ mask 0 is background, ``1 + class_id`` a class, and 255 (65,535 where there are 
 classes) is left out of every score. Nothing is decoded before ``read`` or ``read_mask``.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from jaxtyping import UInt8, UInt16
 from PIL import Image
 from tqdm import tqdm
 
+from ..images import damage_named, opened
 from .folder import Problems, read_size, read_stored
 
 __all__ = ["IGNORE", "MaskedImage", "MaskedImages", "voc_colors"]
@@ -26,7 +26,6 @@ __all__ = ["IGNORE", "MaskedImage", "MaskedImages", "voc_colors"]
 IGNORE = 255
 """The value of mask pixels that no score counts."""
 
-_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 Mask = UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]
 
 
@@ -228,17 +227,10 @@ def read_label_picture(path: Path) -> Mask:
     Raises:
         ValueError: The file cannot be read, or has colors that are not VOC's.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # not read at all
-            with Image.open(path) as image:
-                return _labels(image, path)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, EOFError, *_TOO_LARGE) as error:
-        raise ValueError(
-            f"expected a mask, got {str(path)!r}, which is damaged ({error}); copy it again"
-        ) from error
+    with opened(path, "mask") as image:
+        with damage_named(path, "mask"):
+            image.load()
+        return _labels(image, path)
 
 
 def read_region(source: tuple[Path | None, Path, int]) -> Mask:

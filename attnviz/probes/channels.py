@@ -8,7 +8,6 @@ decomposition for an image of class :math:`c`, :math:`D_k` is its discriminative
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..crops import Forward, field_of_view, run
-from ..files import write_whole
+from ..files import first_line, read_arrays, write_whole
 from ..stages import Staged
 
 if TYPE_CHECKING:
@@ -241,7 +240,9 @@ def index_channels(
         )
     cache = None if cache is None else Path(cache)
     key = _key(net, data, numbers, top)
-    state = _load(cache, key) if cache is not None and cache.is_file() else _empty(len(data))
+    state = _empty(len(data))
+    if cache is not None and cache.is_file():
+        state = _load(cache, key, len(data), numbers)
     bar = tqdm(
         total=len(data), initial=int(state["done"]), desc="indexing channels", unit="image",
         delay=2, disable=not progress,
@@ -323,15 +324,16 @@ def _key(net: Staged, data: Items, numbers: Sequence[int], top: int) -> str:
     return digest.hexdigest()
 
 
-def _load(path: Path, key: str) -> dict[str, np.ndarray]:
+def _load(path: Path, key: str, count: int, numbers: Sequence[int]) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            state = {name: file[name] for name in file.files}
+        state = read_arrays(path)
         found = str(state.pop("key"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if found == key:
+            _check_arrays(state, count, numbers)
+    except (ValueError, KeyError) as error:
         raise ValueError(
-            f"expected an index in {str(path)!r}, got a file that cannot be read ({error}); "
-            "delete it"
+            f"expected an index in {str(path)!r}, got a file that cannot be read "
+            f"({first_line(error)}); delete it"
         ) from error
     if found != key:
         raise ValueError(
@@ -339,6 +341,16 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray]:
             "another one; name another file or delete it"
         )
     return state
+
+
+def _check_arrays(state: dict[str, np.ndarray], count: int, numbers: Sequence[int]) -> None:
+    wanted = {"done": ("i", 0), "sizes": ("i", 2)}
+    if state["done"]:
+        kinds = zip(_ARRAYS, "fii", strict=True)
+        wanted |= {f"{name}{n}": (kind, 2) for name, kind in kinds for n in numbers}
+    found = {name: (array.dtype.kind, array.ndim) for name, array in state.items()}
+    if found != wanted or state["sizes"].shape != (count, 2):
+        raise ValueError("it holds other arrays")
 
 
 def _save(path: Path, key: str, state: dict[str, np.ndarray]) -> None:

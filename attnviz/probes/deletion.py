@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..cam import normalize, resize
 from ..stages import Staged
-from .occlusion import Fill, _check_scores, _class_ids, _filling
+from .occlusion import Fill, _check_maps, _check_scores, _class_ids, _filling
 
 __all__ = ["Curves", "average_drop", "deletion_curves"]
 
@@ -76,7 +76,7 @@ def deletion_curves(
         The curves.
 
     Raises:
-        ValueError: An argument is out of range, or a map has NaN.
+        ValueError: An argument is out of range, or a map is not finite.
 
     References:
         RISE: Randomized Input Sampling for Explanation of Black-box Models (Petsiuk et al.,
@@ -88,6 +88,7 @@ def deletion_curves(
     for name, value in (("fill", fill), ("canvas", canvas)):
         if value not in get_args(Fill):
             raise ValueError(f"expected `{name}` in {get_args(Fill)}, got {value!r}")
+    _check_maps(net, images, maps)
     values = _sized(maps, images)
     ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
     order = values.flatten(1).argsort(dim=1, descending=True, stable=True)
@@ -140,6 +141,7 @@ def average_drop(
         Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks (Chattopadhay
         et al., 2018), https://arxiv.org/abs/1710.11063.
     """
+    _check_maps(net, images, maps)
     masks = _sized(normalize(maps), images)[:, None]
     ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
     whole, masked = (_probability(net, shown, ids) for shown in (images, images * masks))
@@ -150,10 +152,6 @@ def average_drop(
 
 
 def _sized(maps: Tensor, images: Tensor) -> Tensor:
-    if len(maps) != len(images):
-        raise ValueError(f"expected one map per image, got {len(maps)} for {len(images)}")
-    if maps.isnan().any():
-        raise ValueError("expected maps without NaN, which have no order; look where it is from")
     return resize(maps.detach().to(images), tuple(images.shape[-2:]))
 
 

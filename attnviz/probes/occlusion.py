@@ -5,6 +5,7 @@ gradient of one class score, :math:`M` an attention map; ``b`` images, ``c`` cha
 """
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -50,12 +51,11 @@ def occlude(
     Raises:
         ValueError: `threshold` or `fill` is out of range, or there is not one map per image.
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"expected `threshold` in (0, 1], got {threshold}")
+    if not isinstance(threshold, Real) or not 0 < threshold <= 1:
+        raise ValueError(f"expected `threshold` in (0, 1], got {threshold!r}")
     if fill not in get_args(Fill):
         raise ValueError(f"expected `fill` in {get_args(Fill)}, got {fill!r}")
-    if len(maps) != len(images):
-        raise ValueError(f"expected one map per image, got {len(maps)} for {len(images)}")
+    _check_maps(net, images, maps)
     covered = _covered(maps.to(images), images.shape[-2:], threshold)
     return torch.where(covered[:, None], _filling(net, images, fill), images)
 
@@ -131,6 +131,16 @@ def occlusion_scores(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index(["of", "state"])
 
 
+def _check_maps(net: Staged, images: Tensor, maps: Tensor) -> None:
+    net._check_images(images)
+    if len(maps) != len(images):
+        raise ValueError(f"expected one map per image, got {len(maps)} for {len(images)}")
+    if maps.ndim != 3 or not maps.numel():
+        raise ValueError(f"expected maps of shape (b, h, w), got {tuple(maps.shape)}")
+    if not maps.isfinite().all():
+        raise ValueError("expected maps without NaN and infinity; look where they come from")
+
+
 def _covered(maps: Tensor, size: torch.Size, threshold: float) -> Tensor:
     return normalize(resize(maps, tuple(size))) >= threshold
 
@@ -169,6 +179,10 @@ def _check_scores(output: object, count: int) -> Tensor:
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         raise ValueError(f"expected a network with scores ({count}, classes), got {shape}")
+    if output.isnan().any() or output.isposinf().any():
+        raise ValueError(
+            "expected finite scores, got NaN or infinity; check the weights and the images for NaN"
+        )
     return output
 
 

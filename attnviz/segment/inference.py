@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
+from ..checks import check_whole
 from ..data.masks import IGNORE, voc_colors
 from ..deeplab import SegmentationNetwork
 from ..files import write_whole
@@ -90,12 +91,13 @@ def segment(
     """
     if test not in get_args(Test):
         raise ValueError(f"expected `test` in {get_args(Test)}, got {test!r}")
-    side = network.fitting(window or network.window)
+    for name, value in (("batch_size", batch_size), ("window", window)):
+        if value is not None:
+            check_whole(name, value, 1)
+    side = network.fitting(network.window if window is None else window)
     if batch_size is None:
         cuda = next(network.parameters()).device.type == "cuda"
         batch_size = 8 if cuda else max(1, 100_000 // side**2)
-    if batch_size < 1:
-        raise ValueError(f"expected `batch_size` of at least 1, got {batch_size}")
     waiting: deque[_Picture] = deque()
     cuts: deque[tuple[_View, tuple[int, int]]] = deque()
     for pixels in images:
@@ -264,7 +266,7 @@ class Scores:
 
 def evaluate(
     network: SegmentationNetwork,
-    items: Sequence[Item],
+    items: Iterable[Item],
     test: Test = "multi",
     crf: str | None = "oaa_pytorch",
     *,
@@ -295,7 +297,8 @@ def evaluate(
     problems: list[str] = []
     count = 1 + network.class_count
     image_ids, found = [], {"plain": [], **({} if crf is None else {"crf": []})}
-    with tqdm(desc="masks", total=len(items), unit=" images", disable=not progress) as bar:
+    known = len(items) if isinstance(items, Sequence) else None
+    with tqdm(desc="masks", total=known, unit=" images", disable=not progress) as bar:
         pictures = _with_masks(items, count, problems, bar)
         for (image_id, mask), *labels in _masks(
             network, pictures, test, crf, batch_size, window, workers
@@ -306,7 +309,7 @@ def evaluate(
                 found[kind].append(matrix.int().numpy())
     if not image_ids:
         first = f": {problems[0]}" if problems else ""
-        raise ValueError(f"expected pictures with masks, got none of {len(items)}{first}")
+        raise ValueError(f"expected pictures with masks, got none of {len(problems)}{first}")
     names = network.class_names or [str(i) for i in range(network.class_count)]
     return Scores(
         ("background", *names), tuple(image_ids),
@@ -316,7 +319,7 @@ def evaluate(
 
 
 def _with_masks(
-    items: Sequence[Item], count: int, problems: list[str], bar: tqdm
+    items: Iterable[Item], count: int, problems: list[str], bar: tqdm
 ) -> Iterator[tuple[tuple[str, Labels], Pixels]]:
     for item in items:
         bar.update()
@@ -361,7 +364,7 @@ def check_labels(labels: np.ndarray, size: tuple[int, int], count: int) -> None:
 
 def write_submission(
     network: SegmentationNetwork,
-    items: Sequence[Item],
+    items: Iterable[Item],
     out: str | Path,
     test: Test = "multi",
     crf: str | None = "oaa_pytorch",
@@ -403,7 +406,7 @@ def write_submission(
     missing = [(item, path) for item, path in paths if not path.is_file()]
     pictures = ((path, _read(item)) for item, path in missing)
     with tqdm(
-        desc="masks", total=len(items), initial=len(items) - len(missing), unit=" images",
+        desc="masks", total=len(paths), initial=len(paths) - len(missing), unit=" images",
         disable=not progress,
     ) as bar:  # fmt: skip
         for path, plain, refined in _masks(
@@ -474,6 +477,7 @@ def _refined(image: Pixels, probabilities: Float[np.ndarray, "k h w"], crf: str)
 
 
 def _pool(workers: int) -> Executor | nullcontext:
+    check_whole("workers", workers, 0)
     if workers == 0:
         return nullcontext()
     context = get_context("spawn")  # a fork would inherit torch's threads, which is not safe

@@ -28,10 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cam import METHODS, fuse, resize
+from ..checks import check_number, check_whole
 from ..data.masks import IGNORE, voc_colors
 from ..explain import stage_maps
 from ..files import only_one, write_whole
-from ..images import to_pixels
+from ..images import damage_named, opened, to_pixels
 from ..labels import (
     CRF_PRESETS,
     Oversegmentation,
@@ -123,13 +124,11 @@ class LabelConfig:
             raise ValueError(
                 f"expected `superpixels` in {get_args(Oversegmentation)} for their rule, got None"
             )
-        if self.count < 1:
-            raise ValueError(f"expected `count` of at least 1, got {self.count}")
-        if self.strength is not None and not self.strength >= 0:
-            raise ValueError(f"expected `strength` of at least 0, got {self.strength}")
+        check_whole("count", self.count, 1)
+        if self.strength is not None:
+            check_number("strength", self.strength, 0)
         for name in ("threshold", "conflict", "salient", "strong", "least"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"expected `{name}` from 0 to 1, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), 0, 1)
 
 
 @dataclass(frozen=True)
@@ -257,8 +256,7 @@ def write_labels(
                 f"expected a folder of saliency pictures, got {config.saliency!r}, which is none; "
                 "name another, or 'detect'"
             )
-    if workers < 0:
-        raise ValueError(f"expected `workers` of at least 0, got {workers}")
+    check_whole("workers", workers, 0)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"expected a folder for labels, got the file {str(out)!r}")
     out.mkdir(parents=True, exist_ok=True)
@@ -381,18 +379,13 @@ def _reason(error: Exception) -> str:
 def _read_saliency(folder: Path, image_id: str) -> Float[Tensor, "h w"]:
     path = label_file(folder, image_id)
     try:
-        with Image.open(path) as image:
+        with opened(path, "grey picture") as image, damage_named(path, "grey picture"):
             return torch.from_numpy(np.array(image.convert("L"), np.float32) / 255)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"expected the saliency of {image_id!r}, found no {str(path)!r}; make it, or leave "
             "the picture out"
         ) from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"expected a grey picture, got {str(path)!r}, which is damaged ({error}); make "
-            "it again"
-        ) from error
 
 
 def _check_record(out: Path, config: LabelConfig, maps_of: MapsOf) -> None:

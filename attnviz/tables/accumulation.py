@@ -130,7 +130,7 @@ def _measure(
         weights = (integral or run) / "network.safetensors"
         network = oaa_network(config.network, len(pictures.class_names), weights)
         fabric = start_fabric(config)
-        network = fabric.setup_module(network)
+        network = fabric.to_device(network)
         text = "maps" if progress else None
         map_of = observe(network, pictures, pairs, fabric, text=text).get
     found = qualities(pictures, pairs, map_of)

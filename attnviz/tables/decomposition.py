@@ -32,6 +32,7 @@ from .measured import (
     state_hash,
     tensors,
 )
+from .processes import own_device
 from .table import Row, Table, mean_cell, numbers
 
 __all__ = ["TABLES", "make"]
@@ -70,7 +71,7 @@ def make(
         network = "scenes_fc" if data == "scenes" else "vgg16"
     net = network
     if not isinstance(net, Staged):
-        net = load_network(network, weights, data=root, device=device)
+        net = load_network(network, weights, data=root, device=own_device(device))
     if data != "voc2012":
         check_classes(net, data)
     size = net.image_size

@@ -31,6 +31,7 @@ from ..training import DefectConfig, defect_config, train_defect
 from ..training.defect import Preset, Surface, open_surfaces
 from .localization import METHODS
 from .measured import FORMAT, Item, Part, Store, run_part, state_hash
+from .processes import own_device
 from .table import Row, Table, mean_cell, numbers
 
 __all__ = ["TABLES", "THRESHOLDS", "make"]
@@ -93,7 +94,7 @@ def _trained(
             f"{100 * metrics['average_precision']:.1f} %"
         )
         net = load_network(again.network, run / "network.safetensors", data=root)
-        found.append(_Classifier(net.to(config.device), again.seed, note))
+        found.append(_Classifier(net.to(own_device(config.device)), again.seed, note))
     return found
 
 
@@ -280,7 +281,7 @@ def make(
             "leave them out, or leave its weights out"
         )
     if given is not None:
-        classifiers = [_Classifier(given.to(device), seed, "the network was given")]
+        classifiers = [_Classifier(given.to(own_device(device)), seed, "the network was given")]
         preset = "given"
     else:
         changes = {"limit": limit, "epochs": epochs}

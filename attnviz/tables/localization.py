@@ -62,6 +62,7 @@ from .measured import (
     state_hash,
     tensors,
 )
+from .processes import own_device
 from .table import Row, Table, mean_cell, numbers
 
 __all__ = ["METHODS", "TABLES", "THRESHOLDS", "make"]
@@ -498,7 +499,7 @@ def make(
         network = "scenes_fc" if data == "scenes" else "vgg16"
     net = network
     if not isinstance(net, Staged):
-        net = load_network(network, weights, data=root, device=device)
+        net = load_network(network, weights, data=root, device=own_device(device))
     check_classes(net, data)
     check_class_ids(net, items, data)
     choices = _PRESETS[preset]

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from ..data.scenes import CLASS_NAMES, draw_scene
 from ..data.voc import load_voc
 from ..localize import Box
 from ..stages import Staged
+from .processes import Processes, processes
 
 __all__ = ["Item", "Part", "Store", "open_items", "run_part"]
 
@@ -29,6 +30,7 @@ Data = Literal["scenes", "ilsvrc", "cub", "voc2012"]
 STAGES = ("S5", "S4", "S3", "S2", "S1")
 CLASS_COUNTS = {"scenes": len(CLASS_NAMES), "ilsvrc": 1000, "cub": 200}
 FORMAT = 1  # of the cache files; another number when the same settings give other values
+_READERS = 4  # threads that decode pictures
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Store:
     def __init__(self, folder: Path, name: str, facts: Mapping[str, object]) -> None:
         key = _digest(json.dumps(facts, sort_keys=True))
         self.folder, self.stem = folder, f"{name}-{key}"
-        self.own = folder / f"{self.stem}.{_process()[0]}.jsonl"
+        self.own = folder / f"{self.stem}.{processes().rank}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.own.exists():
@@ -180,45 +182,86 @@ class Store:
             file.write(text)
 
 
-def _process() -> tuple[int, int]:
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def run_part(
     part: Part, items: Sequence[Item], store: Store, batch: int, progress: bool
 ) -> tuple[dict[str, dict], list[str]]:
     """Returns the record of every picture that can be read, and the names of the others.
 
-    A batch is always the same pictures, so that a stopped run gives the same values to the last
-    bit.
+    A batch is always the same pictures, so that a stopped run, and one of several processes,
+    gives the same values to the last bit. All processes return all records, and the first one's
+    folder keeps them.
+
+    Raises:
+        ConnectionError: Another process has ended.
+        ValueError: Another process has other pictures or another network.
     """
-    rank, world = _process()
-    records = store.load()
-    unread: list[str] = []
-    starts = list(range(0, len(items), batch))[rank::world]
-    bar = tqdm(starts, part.name, unit="batch", delay=2, disable=not progress or rank > 0)
-    for start in bar:
-        block = items[start : start + batch]
-        pixels = {item.key: _read(item) for item in block if item.key not in records}
-        unread += [item.image_id for item in block if pixels.get(item.key, ...) is None]
-        if all(picture is None for picture in pixels.values()):  # or there is none
-            continue
-        for item in block:
-            if item.key in records:
-                pixels[item.key] = _read(item)
-        readable = [item for item in block if pixels[item.key] is not None]
-        measured = part.measure(readable, [pixels[item.key] for item in readable])
-        new = [
-            {"id": item.image_id, "digest": item.digest, **values}
-            for item, values in zip(readable, measured, strict=True)
-        ]
-        store.add(new)
-        records |= {(record["id"], record["digest"]): record for record in new}
-    if world > 1:
-        _wait()
+    team = processes()
+    with team.answering():
         records = store.load()
-        unread = [item.image_id for item in items if item.key not in records]
+        todo, common = _missing(team, store, items, records, batch)
+        bar = tqdm(
+            total=len(todo), desc=part.name, unit="batch", delay=2,
+            disable=not progress or team.rank > 0,
+        )  # fmt: skip
+
+        def show(done: int, waiting: str) -> None:
+            bar.set_postfix_str(waiting, refresh=False)
+            bar.update(done - bar.n)
+
+        with bar:
+            for block, pixels in _read_ahead(team.share(todo)):
+                readable = [i for i, picture in enumerate(pixels) if picture is not None]
+                if any(block[i].key not in records for i in readable):
+                    chosen = [block[i] for i in readable]
+                    measured = part.measure(chosen, [pixels[i] for i in readable])
+                    new = [
+                        {"id": item.image_id, "digest": item.digest, **values}
+                        for item, values in zip(chosen, measured, strict=True)
+                    ]
+                    store.add(new)
+                    records |= {(record["id"], record["digest"]): record for record in new}
+                show(team.advance(), "")
+            team.wait(show)
+        own = {key: record for key, record in records.items() if key not in common}
+        for other in team.gather(own):
+            records |= other
+        if team.rank == 0 and team.count > 1:  # other machines may have other folders
+            there = store.load()
+            store.add([record for key, record in records.items() if key not in there])
+    unread = [item.image_id for item in items if item.key not in records]
     return {item.image_id: records[item.key] for item in items if item.key in records}, unread
+
+
+def _missing(
+    team: Processes, store: Store, items: Sequence[Item], records: Collection, batch: int
+) -> tuple[list[Sequence[Item]], set]:
+    # The batches in which no process knows a picture's record, and what all of them know.
+    text = json.dumps([store.stem, batch, [item.key for item in items]])
+    found = team.gather((_digest(text), len(items), set(records)))
+    if len({digest for digest, _, _ in found}) > 1:
+        counts = ", ".join(str(count) for _, count, _ in found)
+        raise ValueError(
+            "expected the same pictures, network and versions in all processes, got others; give "
+            f"all machines the same data ({counts} pictures)"
+        )
+    keys = [each for _, _, each in found]
+    known = set.union(*keys)
+    blocks = [items[start : start + batch] for start in range(0, len(items), batch)]
+    todo = [block for block in blocks if any(item.key not in known for item in block)]
+    return todo, set.intersection(*keys)
+
+
+def _read_ahead(
+    blocks: Sequence[Sequence[Item]],
+) -> Iterator[tuple[Sequence[Item], list[np.ndarray | None]]]:
+    # Reads the pictures of the next block while this one is measured.
+    with ThreadPoolExecutor(_READERS) as pool:
+        ahead: list[Future] = []
+        for number in range(len(blocks)):
+            waiting = ahead or [pool.submit(_read, item) for item in blocks[number]]
+            following = blocks[number + 1] if number + 1 < len(blocks) else []
+            ahead = [pool.submit(_read, item) for item in following]
+            yield blocks[number], [each.result() for each in waiting]
 
 
 def _read(item: Item) -> np.ndarray | None:
@@ -226,14 +269,6 @@ def _read(item: Item) -> np.ndarray | None:
         return item.read()
     except (ValueError, OSError):  # reported at the end
         return None
-
-
-def _wait() -> None:
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo")
-    distributed.barrier()
 
 
 def state_hash(net: Staged) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import __version__
 from ..files import write_whole
 from . import make_table, table_options
+from .processes import processes
 from .table import Table, table_names
 
 __all__ = ["QUICK", "write_report"]
@@ -82,7 +83,8 @@ def write_report(
         except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
             missing[id] = str(error)
         say(f"{id:5} " + (f"{made[id].n} images" if id in made else f"not made: {missing[id]}"))
-        write_whole(Path(out), _page(made, missing, data, seed, quick).encode())
+        if processes().rank == 0:
+            write_whole(Path(out), _page(made, missing, data, seed, quick).encode())
     return {"tables": {id: table.to_json() for id, table in made.items()}, "missing": missing}
 
 

@@ -34,6 +34,7 @@ from ..training import OAAConfig, SegmentConfig, oaa_config, segment_config, tra
 from ..training.oaa import Preset, opened
 from ..training.pictures import Pictures, open_pictures
 from ..training.runs import json_bytes
+from .processes import processes
 from .sources import Source, folder_of, images_of, joined, trained, trained_table
 from .table import Row, Table, numbers
 
@@ -142,8 +143,17 @@ class _Maker:
         run, integral = trained(source, self.cache, self.root, self.progress)
         facts = [source.maps, source.method, list(source.stages), str(integral and integral.name)]
         folder = folder_of(self.cache, self.label, run=run.name, maps=facts)
-        if (folder / "quality.json").is_file():
-            return folder, json.loads((folder / "quality.json").read_text())
+        quality = folder / "quality.json"
+
+        def make() -> None:
+            if not quality.is_file():
+                self._write(source, run, integral, folder)
+
+        processes().once(folder.name, make)
+        return (folder, json.loads(quality.read_text())) if quality.is_file() else None
+
+    def _write(self, source: Source, run: Path, integral: Path | None, folder: Path) -> None:
+        # The labels and, last, how good they are; nothing where the network lacks a stage.
         pictures = opened(source.oaa, "train", self.root, False)
         items = [pictures.item(i) for i in range(len(pictures))]
         if source.maps == "accumulated":
@@ -155,13 +165,12 @@ class _Maker:
             depth = len(net.stage_names)
             chosen = [n + 1 + depth for n in source.stages]
             if min(chosen) < 1:
-                return None
+                return
             maps_of = fused_maps(net, source.method, chosen)
         write_labels(items, maps_of, folder, self.label, workers=self.workers,
                      progress=self.progress)  # fmt: skip
         quality = _quality(pictures, folder, self.progress)
         write_whole(folder / "quality.json", json_bytes(quality))
-        return folder, quality
 
     def scores(self, plan: Plan, config: OAAConfig) -> dict[str, object] | None:
         """Trains a plan's network; returns its scores by split, None where it has no maps."""
@@ -199,8 +208,12 @@ class _Maker:
         wanted = [split for split in ("validation", "test") if split not in found]
         for split in wanted + ["test"] * self.tested:
             stored = run / f"scores-{split}-{'multi' if self.multi else 'single'}.json"
-            if not stored.is_file():
-                write_whole(stored, json_bytes(self._evaluated(second, run, split)))
+
+            def measure(split: str = split, stored: Path = stored) -> None:
+                if not stored.is_file():
+                    write_whole(stored, json_bytes(self._evaluated(second, run, split)))
+
+            processes().once(f"{run.name}/{stored.name}", measure)
             found[split] = json.loads(stored.read_text())
         return found
 

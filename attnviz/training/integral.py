@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..evolution import EvolutionWriter
-from ..files import write_whole
+from ..files import first_line, write_whole
 from ..memory import AttentionMemory
-from ..networks import OAANetwork, oaa_network
+from ..networks import OAANetwork, check_weights, oaa_network
 from ..oaa import Reduction, enhancement_loss, hybrid_loss, soft_cross_entropy
 from .loop import PRESETS, AttentionConfig, Loop, new_state, optimizer_for, run_epochs
 from .measure import (
@@ -110,7 +110,7 @@ def read_config(run: Path) -> OAAConfig:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"expected the config of a run of `attnviz train oaa` in {str(run)!r}, got one that "
-            f"cannot be read ({error}); train it again"
+            f"cannot be read ({first_line(error)}); train it again"
         ) from error
 
 
@@ -151,6 +151,7 @@ def train_integral(
     state = open_run(config, out, resume, fabric, ("task", "optimizer"))
     if state and state["epoch"] == config.epochs and (out / "metrics.json").is_file():
         return out
+    check_weights(_weights(config, source))
     memory = AttentionMemory.load(run / "memory")
     shown = progress and fabric.is_global_zero
     with alone(out, fabric), reproducible(config, fabric), together(out, fabric):

@@ -27,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 from ..evolution import EvolutionWriter
 from ..files import write_whole
 from ..memory import AttentionMemory, Rule, place
-from ..networks import OAANetwork, oaa_network
+from ..networks import OAANetwork, check_weights, oaa_network
 from ..oaa import accepts, attention, drop, drop_mask, hybrid_loss
 from .loop import PRESETS, AttentionConfig, Loop, new_state, optimizer_for, run_epochs
 from .measure import (
@@ -124,8 +124,8 @@ class OAAConfig(AttentionConfig):
         check_rates(self, threshold=1, rate=1, branch_weight=math.inf)
         if self.start >= self.epochs:
             raise ValueError(
-                f"expected `start` below `epochs`, got {self.start} of {self.epochs}; "
-                "else nothing is accumulated"
+                f"expected `epochs` above `start`, {self.start}, from where on attention is "
+                f"accumulated, got {self.epochs}; train longer"
             )
 
 
@@ -191,6 +191,7 @@ def train_oaa(
     state = open_run(config, out, resume, fabric, ("task", "optimizer", "memory", "run_id"))
     if state and state["epoch"] == config.epochs and (out / "metrics.json").is_file():
         return out
+    check_weights(config.weights)
     shown = progress and fabric.is_global_zero
     with alone(out, fabric), reproducible(config, fabric), together(out, fabric):
         pictures = opened(config, "train", root, shown)

@@ -16,7 +16,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict
 from datetime import timedelta
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal, Protocol, get_args
 
 import safetensors.torch
@@ -27,13 +26,13 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from .. import __version__
-from ..files import only_one, write_whole
+from ..files import first_line, only_one, read_saved, write_whole
 
 __all__ = [
-    "Device", "Precision", "RunConfig", "alone", "batches", "check_choices", "check_counts",
-    "check_rates", "csv_bytes", "epoch_seed", "json_bytes", "network_bytes", "normalized",
-    "one_cycle", "open_run", "poly", "reproducible", "resolved", "save_run", "start_fabric",
-    "step", "steps", "table", "together",
+    "Device", "Precision", "RunConfig", "all_answer", "alone", "batches", "check_choices",
+    "check_counts", "check_rates", "computes_bfloat16", "csv_bytes", "epoch_seed", "json_bytes",
+    "network_bytes", "normalized", "one_cycle", "open_run", "poly", "reproducible", "resolved",
+    "save_run", "start_fabric", "step", "steps", "table", "together",
 ]  # fmt: skip
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -162,8 +161,7 @@ def resolved(config: RunConfig) -> tuple[Literal["cpu", "cuda"], str]:
     device = "cuda" if cuda and config.device != "cpu" else "cpu"
     precision = config.precision
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device == "cuda" else _computes_bfloat16()
-        precision = "bf16" if fast else "32"
+        precision = "bf16" if computes_bfloat16(device) else "32"
     return device, {"32": "32-true", "bf16": "bf16-mixed"}[precision]
 
 
@@ -186,8 +184,10 @@ def start_fabric(config: RunConfig) -> Fabric:
     return fabric
 
 
-def _computes_bfloat16() -> bool:
-    # Without these instructions a processor imitates bfloat16, ten times slower than float32.
+def computes_bfloat16(device: str) -> bool:
+    """Returns whether a device is fast with bfloat16; others imitate it, ten times slower."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -213,10 +213,15 @@ def together(out: Path, fabric: Fabric) -> Iterator[None]:
     if fabric.world_size == 1:
         yield
         return
-    lost = ConnectionError(
-        f"expected {fabric.world_size} processes, got no answer from one of them; continue the "
-        f"run in {str(out)!r} after its last checkpoint with `resume` (--resume)"
-    )
+    remedy = f"continue the run in {str(out)!r} after its last checkpoint with `resume` (--resume)"
+    with all_answer(fabric.world_size, remedy):
+        yield
+
+
+@contextmanager
+def all_answer(count: int, remedy: str) -> Iterator[None]:
+    """Raises ConnectionError with a remedy where one of several processes has ended."""
+    lost = ConnectionError(f"expected {count} processes, got no answer from one of them; {remedy}")
 
     def ended(number: int, frame: object) -> None:
         raise lost
@@ -281,18 +286,15 @@ def open_run(
             "pass `resume` (--resume) to continue it, or name another folder"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_saved(path)
         missing = {"config", *needed} - state.keys()
         other = "config" in state and state["config"].keys() != asdict(config).keys()
         if missing and not other:
             raise ValueError(f"it lacks {sorted(missing)}")
-    except (
-        OSError, RuntimeError, ValueError, EOFError, AttributeError, UnpicklingError
-    ) as error:  # fmt: skip
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"expected the checkpoint of a run, got {str(path)!r}, which could not be read "
-            f"({reason[0]}); delete the run and start again"
+            f"({first_line(error)}); delete the run and start again"
         ) from error
     if other:
         raise ValueError(

@@ -25,6 +25,7 @@ from ..data.masks import IGNORE, read_label_picture
 from ..deeplab import SEGMENTATION_NETWORKS, SegmentationNetwork, segmentation_network
 from ..files import write_whole
 from ..labels import dense_crf
+from ..networks import check_weights
 from ..segment.inference import Scores, check_labels, evaluate
 from ..segment.pseudo import label_file
 from .loop import Loop, LoopConfig, new_state, optimizer_for, run_epochs
@@ -210,6 +211,7 @@ def train_segment(
     state = open_run(config, out, resume, fabric, ("task", "optimizer"))
     if state and state["epoch"] == config.epochs and (out / "metrics.json").is_file():
         return out
+    check_weights(config.weights)
     shown = progress and fabric.is_global_zero
     with alone(out, fabric), reproducible(config, fabric), together(out, fabric):
         pictures = _opened(config, "train", data, shown)
