@@ -237,7 +237,7 @@ def _vgg(normalized=False):
     for i, o in ((3, 6), (6, 8), (8, 8)):
         layers.append(nn.Conv2d(i, o, 3, padding=1))
         if normalized:
-            layers.append(nn.BatchNorm2d(o, eps=0))  # zennit, when it merges, adds eps again
+            layers.append(nn.BatchNorm2d(o, eps=1e-14))  # zennit, when it merges, adds eps again
             nn.init.uniform_(layers[-1].weight, -1, 1)
             nn.init.uniform_(layers[-1].bias, -0.2, 1)
             layers[-1].running_mean.uniform_(-0.2, 0.2)

@@ -348,6 +348,7 @@ def test_parameters_follow_training_moves_and_loading(tiny):
     assert torch.equal(net(images), tiny(images))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch 2.11's of its own
 def test_compiled_and_data_parallel_models_are_unwrapped(tiny):
     images = torch.rand(1, 3, 16, 16).double()
     for wrapped in (torch.compile(tiny), nn.DataParallel(tiny)):
