@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test quick chapters notebooks lint clean
@@ -23,15 +23,16 @@ lab: $(READY) ## open JupyterLab on the chapters
 	@$(BIN)/attnviz lab $(if $(LAB),-- $(LAB))
 
 test: $(READY) lint ## run every test: package, panels in Chromium, chapters
-	@$(PYTEST) loadgroup
+	@$(BIN)/python -m pytest -q tests/browser
+	@$(PYTEST) --ignore tests/browser
 	@$(BIN)/python -m pytest -q --doctest-modules attnviz
 	@$(MAKE) --no-print-directory chapters
 
 quick: $(READY) ## run the tests that need neither minutes nor a browser
-	@$(PYTEST) loadgroup -m "not slow and not browser"
+	@$(PYTEST) -m "not slow and not browser"
 
 chapters: $(READY) ## run the chapters and compare what they say
-	@PYTHONPATH=tests $(PYTEST) loadfile -p pictures \
+	@PYTHONPATH=tests $(PYTEST) -p pictures \
 	  --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval.cfg notebooks
 
 notebooks: $(READY) ## run the chapters and store what they show

@@ -12,14 +12,6 @@ settings.register_profile("attnviz", deadline=None)  # the machine may have othe
 settings.load_profile("attnviz")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Keeps what shares fixtures in one process: each file, and all that needs Chromium."""
-    for item in items:
-        browser = item.path.parent.name == "browser"
-        item.add_marker(pytest.mark.xdist_group("browser" if browser else item.path.stem))
-
-
 @pytest.fixture
 def tiny():
     return Tiny().double()

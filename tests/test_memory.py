@@ -461,7 +461,7 @@ for turn in range(10):
         maps = memory[image_id, 0], memory.last(image_id, 0)
         steps |= {memory.count(image_id, 0)}
         steps |= {round(255 * value) for each in maps for value in each.unique().tolist()}
-    print(told[-1], *steps)
+    print(told[-1], *steps, flush=True)  # a bar in the next child would print it again
 """
 
 
