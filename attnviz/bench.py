@@ -568,7 +568,7 @@ def _missing_peers() -> tuple[str, ...]:
     missing = [package for package in PEERS if _version(package) is None]
     if not missing:
         return ()
-    return (f"not installed, so not measured: {', '.join(missing)}; pip install attnviz[bench]",)
+    return (f"not installed, so not measured: {', '.join(missing)}; pip install '.[bench]'",)
 
 
 def _device_name(device: torch.device) -> str:

@@ -128,7 +128,7 @@ def _plot(result: Benchmark) -> bytes:
     axes.set_xscale("log")
     labels = [f"{row['case']} / {row['baseline'].partition(': ')[2]}" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
-    axes.set_xlabel("time as a ratio to the baseline, median and quartiles; other packages orange")
+    axes.set_xlabel("time to the baseline's: median, quartiles\n(orange: other packages)")
     axes.margins(y=0.02)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=120)

@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .checks import check_number, check_whole
 from .crops import class_score
 from .excitation import descend_from, record
+from .explain import _check_class_ids, _scores
 from .localize import peaks
 from .stages import Staged
 
@@ -29,18 +31,20 @@ class Instance:
     peak: tuple[int, int]
     """Row and column in the deepest stage."""
     place: tuple[float, float]
-    """Row and column of the same place in the image, in pixels."""
+    """Row and column of the same place in the image that was passed in, in its pixels; a picture
+    of another size is ``picture / image`` times as large."""
     response: float
     """The response at the peak, as a share of the class's highest."""
     map: Float[Tensor, "h w"]
-    """What excites the peak, at the resolution of the stage asked for; it sums to 1, less what
-    only biases excite."""
+    """What excites the peak, at the resolution of the stage asked for. It sums to 1, less what
+    only biases or negative inputs excite: nearly all of it where bottlenecks are linear, as in
+    MobileNetV2."""
 
 
 def find_instances(
     net: Staged,
     image: Float[Tensor, "1 c h w"],
-    class_ids: Sequence[int] | None = None,
+    class_ids: Sequence[int | str] | None = None,
     *,
     least: float = 0.5,
     window: int = 5,
@@ -56,7 +60,7 @@ def find_instances(
     Args:
         net: A network of convolutions, batch normalization, ReLU and pooling between the stages.
         image: An image, normalized as the network expects.
-        class_ids: Numbers of the classes; the one with the highest score if None.
+        class_ids: Numbers or names of the classes; the one with the highest score if None.
         least: Lowest peak, as a share of the class's highest response, from 0 to 1.
         window: Odd side of the square of the deepest stage in which a peak is the highest.
         stage: The stage of the maps, 1 = shallowest.
@@ -66,26 +70,31 @@ def find_instances(
         positive response.
 
     Raises:
-        ValueError: An argument is out of range, or a layer between the stages has no rule.
+        ValueError: An argument is out of range, a score is not finite, or a layer between the
+            stages has no rule.
 
     References:
         Weakly Supervised Instance Segmentation using Class Peak Response (Zhou et al., 2018),
         https://arxiv.org/abs/1804.00880; thesis chapter 6. Trained as they are elsewhere,
         networks lack that paper's peak stimulation.
     """
-    if not 0 <= least <= 1:
-        raise ValueError(f"expected `least` from 0 to 1, got {least}")
+    check_number("least", least, 0, 1)
+    check_whole("stage", stage, 1)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"expected `image` as a tensor, got {type(image).__name__}; preprocess it")
     if image.ndim != 4 or len(image) != 1:
         raise ValueError(f"expected one image (1, c, h, w), got {tuple(image.shape)}")
     net.check_stages([stage])
     deepest = len(net.stage_names)
     with torch.inference_mode(False), torch.enable_grad():
+        image = image.clone() if image.is_inference() else image
         pieces = net.differentiable(image, [deepest])
         [activation] = pieces.activations
-        if class_ids is None:
-            class_ids = [int(pieces.output.argmax())]
+        if isinstance(class_ids, Sequence | Tensor) and not isinstance(class_ids, str):
+            class_ids = [list(class_ids) if isinstance(class_ids, Sequence) else class_ids]
+        numbers = _check_class_ids(net, _scores(pieces.output.detach(), 1), class_ids)
         found = []
-        for class_id in class_ids:
+        for class_id in dict.fromkeys(numbers.flatten().tolist()):
             [score] = class_score(pieces.output, class_id)
             [gradient] = torch.autograd.grad(score, [activation], retain_graph=True)
             found += _peaks(activation.detach(), gradient, class_id, least, window)
@@ -93,7 +102,7 @@ def find_instances(
         return []
     starts = torch.stack([start for *_, start in found])
     rows, columns = (image.shape[d] / activation.shape[d] for d in (2, 3))
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         names = [net._parts.stages[number - 1] for number in (stage, deepest)]
         passed = record(net._parts, image.expand(len(starts), -1, -1, -1), names[0])
         [reached] = descend_from(passed, names[1], starts, names[:1])

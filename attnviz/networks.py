@@ -590,8 +590,9 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"expected a file of weights, got {str(path)!r}, which could not be read "
             f"({first_line(error)}); save the state dict with torch.save or safetensors"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for key in ("state_dict", "model"):  # of a checkpoint with more in it
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict):
         raise ValueError(
             f"expected a state dict in {path.name}, got {type(state).__name__}; "

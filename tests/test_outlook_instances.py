@@ -109,3 +109,24 @@ def test_no_trace_is_left_and_bad_arguments_are_refused(untyped):
     with pytest.raises(ValueError, match="from 1 to 2"):
         find_instances(net, _image(), [0], stage=3)
     assert _trace(net.model) == before
+
+
+def test_classes_have_names_and_bad_arguments_one_line(untyped):
+    net = load_network("scenes_conv")
+    image = net.preprocess(Scenes("val", count=1)[0].image)
+    number = net.class_id("horse")
+    same = find_instances(net, image, ["horse", number]), find_instances(net, image, [number])
+    assert [[each.peak for each in found] for found in same] == [[e.peak for e in same[1]]] * 2
+    with torch.inference_mode():
+        again = find_instances(net, image, torch.tensor([number]))
+    assert [(each.class_id, each.peak) for each in again] == [(number, e.peak) for e in same[1]]
+    for options, message in (
+        ({"class_ids": [-1]}, "expected classes from 0 to 11, got -1"),
+        ({"class_ids": [1.5]}, "expected classes as whole numbers or names, got 1.5"),
+        ({"least": "a"}, "expected `least` as a number, got 'a'"),
+        ({"stage": 1.0}, "expected `stage` as a whole number, got 1.0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            find_instances(net, image, **options)
+    with pytest.raises(ValueError, match="expected finite scores"):
+        find_instances(net, image * torch.nan)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import check_number, check_whole
 from ..gap import attention, contributions
 from ..stages import Staged
 from .channels import channel_groups
@@ -57,9 +58,14 @@ def group_effects(
         ``chosen`` (``overlap`` or ``random``), ``channels``, ``size``, and the losses
         ``together`` and ``alone``, in the unit of the score.
 
+    Raises:
+        ValueError: An argument is out of range.
+
     References:
         Thesis chapter 6; Net2Vec (Fong and Vedaldi, 2018), https://arxiv.org/abs/1801.03454.
     """
+    check_whole("top", top, 1)
+    check_number("threshold", threshold, 0, 1)
     net.check_stages([stage])
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.enable_grad():

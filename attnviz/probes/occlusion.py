@@ -260,7 +260,13 @@ def _class_ids(scores: Tensor, class_ids: int | Sequence[int] | Tensor | None) -
         return scores.argmax(dim=1)
     if isinstance(class_ids, int):
         class_ids = [class_ids] * count
-    ids = torch.as_tensor(class_ids, device=scores.device, dtype=torch.long)
+    try:
+        ids = torch.as_tensor(class_ids, device=scores.device)
+    except (TypeError, ValueError):
+        ids = None
+    if ids is None or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"expected `class_ids` as whole numbers, got {class_ids!r}")
+    ids = ids.long()
     if ids.shape != (count,):
         raise ValueError(f"expected {count} classes in `class_ids`, got {tuple(ids.shape)}")
     if ids.min() < 0 or ids.max() >= classes:

@@ -100,7 +100,7 @@ def test_picture_whose_evidence_fails_is_named_and_the_one_before_stays_usable(l
     assert settles(lambda: layercam.get_by_label("Picture", exact=True).input_value(), "0")
     assert settles(lambda: python(linked, STATE)[:6], "[(0, 0")
     assert "attnviz-loading" not in tree.get_attribute("class")
-    node = tree.locator("[role=treeitem][aria-level='2']").last
+    node = tree.locator("[role=treeitem][aria-level='2']:visible").last
     node.click()  # the next action: the old view works, and the word is gone
     tree.locator(f"[data-link='{node.get_attribute('data-link')}'][aria-selected=true]").wait_for()
     alert.wait_for(state="hidden")

@@ -321,7 +321,10 @@ def test_training_is_followed_and_stopped_in_jupyterlab(open_notebook):
     page.keyboard.press("Home")  # looks back: new epochs arrive and do not disturb
     assert settles(lambda: python(page, "print(panel.epoch)"), "1")
     count = int(python(page, "print(len(panel._epochs))"))
-    page.get_by_text(f"following, {count + 2} of 400").wait_for()
+    page.wait_for_function(
+        "least => /following, (\\d+) of/.exec(document.body.innerText)?.[1] >= least",
+        arg=count + 2,
+    )
     assert (_epoch(page), page.get_by_label("Found from").input_value()) == (1, "0.3")
     page.get_by_role("button", name="Stop training").click()
     page.get_by_text(re.compile(r"ended at \d+ of 400 epochs")).wait_for()
