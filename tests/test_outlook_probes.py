@@ -327,3 +327,35 @@ def test_no_trace_is_left(tiny, untyped):
         with pytest.raises(ValueError, match="expected classes from 0 to 3, got 9"):
             call()
     assert _trace(tiny) == before
+
+
+def test_bad_input_of_outlook_probes_is_named(untyped):
+    values, masks = torch.rand(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[:, :4] = True
+    for ridge in (-1, 0, float("nan")):
+        with pytest.raises(ValueError, match="expected `ridge` above 0"):
+            concept_direction(values, masks, ridge)
+    with pytest.raises(ValueError, match="expected a mask for each of 2 pictures, got 1"):
+        concept_direction(values, masks[:1])
+    assert concept_direction(torch.ones(2, 3, 4, 4), masks).isnan().all()
+    signs = pd.DataFrame({"energy": [1.0, 2.0], "spread": [0.1, 0.2]})
+    with pytest.raises(ValueError, match="expected `signs` with numbers .* got NaN"):
+        lacks_object(signs * np.nan, signs)
+    with pytest.raises(ValueError, match="`reference` .* got none for energy"):
+        lacks_object(signs, signs.drop(columns="energy"))
+    picture = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="expected `image` as bytes"):
+        attended_features(picture / 255, torch.ones(4, 4))
+    with pytest.raises(ValueError, match="expected `map` finite and at least 0"):
+        attended_features(picture, -torch.ones(4, 4))
+
+
+def test_attention_called_by_names_is_constant_too():
+    query, key, value = torch.rand(3, 1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    with ConstantGates():
+        found = functional.scaled_dot_product_attention(query=query, key=key, value=value)
+    weights = (query @ key.transpose(-1, -2) / 2).softmax(dim=-1).detach()
+    torch.testing.assert_close(found, weights @ value)
+    grown = torch.autograd.grad(found.sum(), (query, key, value), allow_unused=True)
+    assert grown[:2] == (None, None)
+    torch.testing.assert_close(grown[2], weights.sum(dim=-2)[..., None].expand_as(value))

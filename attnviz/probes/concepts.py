@@ -5,6 +5,7 @@ Symbols: :math:`F_{ij}` is a stage's activation at one place, a vector of its ch
 detect a concept is asked by :func:`attnviz.probes.context.concept_detectors`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -36,16 +37,27 @@ def concept_direction(
         ridge: See the formula; above 0.
 
     Returns:
-        The direction, of length 1; NaN where the concept is nowhere or everywhere.
+        The direction, of length 1; NaN where the concept is nowhere or everywhere, or no
+        channel changes.
+
+    Raises:
+        ValueError: An argument is out of range, or there is not one mask per picture.
 
     References:
         Interpretability Beyond Feature Attribution: Quantitative Testing with Concept Activation
         Vectors (Kim et al., 2018), https://arxiv.org/abs/1711.11279, which learns from whole
         pictures with and without the concept.
     """
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"expected `ridge` above 0 and finite, got {ridge}")
+    if len(masks) != len(activations):
+        raise ValueError(
+            f"expected a mask for each of {len(activations)} pictures, got {len(masks)}"
+        )
     on = resize(masks.to(activations), tuple(activations.shape[2:])).flatten() >= 0.5
     places = activations.transpose(0, 1).flatten(1).double()
-    if on.all() or not on.any():
+    constant = not places.var(dim=1).any()
+    if on.all() or not on.any() or constant:
         return activations.new_full(places.shape[:1], torch.nan)
     first, second = places[:, on], places[:, ~on]
     around = [each - each.mean(dim=1, keepdim=True) for each in (first, second)]

@@ -49,8 +49,12 @@ class ConstantGates(TorchFunctionMode):
         if func in _GATES:
             return func(*args, **kwargs).detach()
         if func is functional.scaled_dot_product_attention:
-            query, key, *others = args
-            return func(query.detach(), key.detach(), *others, **kwargs)
+            fixed = [each.detach() for each in args[:2]]
+            kwargs = {
+                name: each.detach() if name in ("query", "key") else each
+                for name, each in kwargs.items()
+            }
+            return func(*fixed, *args[2:], **kwargs)
         if func in _NORMS:
             return _NORMS[func](*args, **kwargs)
         if func in _GATED:

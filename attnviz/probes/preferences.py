@@ -57,7 +57,16 @@ def attended_features(image: UInt8[np.ndarray, "h w 3"], map: Float[Tensor, "_ _
     Returns:
         By name of :data:`FEATURES`, the difference in standard deviations over the picture; 0
         for a feature that is the same everywhere, NaN for a map that is zero.
+
+    Raises:
+        ValueError: The picture is not of bytes (h, w, 3), or the map not finite and at least 0.
     """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"expected `image` as bytes of shape (h, w, 3), got {image.dtype} {image.shape}"
+        )
+    if not map.isfinite().all() or (map < 0).any():
+        raise ValueError("expected `map` finite and at least 0, got NaN, infinity or less")
     features = local_features(image).reshape(len(FEATURES), -1)
     weights = resize(map.double()[None], image.shape[:2])[0].flatten().numpy(force=True)
     total = weights.sum()

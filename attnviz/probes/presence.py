@@ -71,11 +71,21 @@ def lacks_object(
 
     Returns:
         True where a warning is due.
+
+    Raises:
+        ValueError: `rate` is out of range, there is no reference, or a sign is missing.
     """
     if not 0 < rate < 1:
         raise ValueError(f"expected `rate` in (0, 1), got {rate}")
     if not len(reference):
         raise ValueError("expected pictures with an object in `reference`, got none")
+    for name, table in (("signs", signs), ("reference", reference)):
+        lacking = [column for column in ("energy", "spread") if column not in table]
+        if lacking or table[["energy", "spread"]].isna().any(axis=None):
+            raise ValueError(
+                f"expected `{name}` with numbers for energy and spread, got "
+                f"{f'none for {lacking[0]}' if lacking else 'NaN'}; see object_signs"
+            )
     lowest = reference["energy"].quantile(rate / 2)
     widest = reference["spread"].quantile(1 - rate / 2)
     return ((signs["energy"] < lowest) | (signs["spread"] > widest)).to_numpy()
