@@ -311,13 +311,15 @@ class LabelPanel(Panel):
             x = number * (cell + gap)
             put_image(axis, pixels, x, below, cell)
             put_lines(axis, outline, size, (x, below, cell, tall), "white")
-            put_text(axis, x, below + tall + 0.04, text, SMALL, **look | {"va": "bottom"})
+            put_text(axis, x, below + tall + 0.04, text, SMALL, **look | {"va": "baseline"})
         y = below - 0.06
         for row, count in zip(rows, lines, strict=True):
             for place, number in enumerate(row):
                 x, tone = place * width / columns, np.array(self._tones[number]) / 255
                 axis.add_patch(Rectangle((x, y - 0.1), 0.1, 0.1, facecolor=tone))
-                put_text(axis, x + 0.15, y, names[number], SMALL, **look)
+                put_text(
+                    axis, x + 0.15, y, names[number], SMALL, **look | {"va": "center_baseline"}
+                )
             y -= line * count
         put_text(axis, 0, y - 0.04, caption, TINY, **look)
         return figure
