@@ -253,6 +253,8 @@ def fuse(
     References:
         Thesis Eq. 3.9 and section 3.4.1.2.
     """
+    if isinstance(maps, Tensor):
+        raise TypeError(f"expected a list of maps, got one tensor {tuple(maps.shape)}; [maps]")
     if not maps:
         raise ValueError("expected at least one map in `maps`, got none; select a stage")
     if len({tuple(stage.shape[:-2]) for stage in maps}) > 1:
@@ -275,9 +277,12 @@ def fuse(
     else:
         size = max((tuple(stage.shape[-2:]) for stage in maps), key=lambda hw: hw[0] * hw[1])
     presets = {"shallow": range(len(maps) - 1), "all": range(len(maps)), "none": ()}
-    if isinstance(scaled, str) and scaled not in presets:
-        raise ValueError(f"expected `scaled` in {tuple(presets)} or positions, got {scaled!r}")
-    chosen = presets[scaled] if isinstance(scaled, str) else scaled
+    chosen = presets.get(scaled) if isinstance(scaled, str) else scaled
+    if not isinstance(chosen, Collection) or any(each not in range(len(maps)) for each in chosen):
+        raise ValueError(
+            f"expected `scaled` in {tuple(presets)} or a list of positions from 0 to "
+            f"{len(maps) - 1}, got {scaled!r}"
+        )
     fused = None
     for position, stage in enumerate(maps):
         value = scale(stage, scaling if position in chosen else "none", gamma)

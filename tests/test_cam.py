@@ -236,6 +236,17 @@ def test_only_the_chosen_stages_are_scaled(scaled, expected):
         assert float(value) == pytest.approx(math.tanh(1.0) if is_scaled else 0.5)
 
 
+@pytest.mark.parametrize("scaled", [1, "deep", [2], [-1], ["all"]])
+def test_scaling_what_is_no_map_is_refused(scaled, untyped):
+    with pytest.raises(ValueError, match="or a list of positions from 0 to 1, got"):
+        cam.fuse([torch.rand(1, 2, 2), torch.rand(1, 2, 2)], scaled=scaled)
+
+
+def test_one_tensor_of_maps_is_refused(untyped):
+    with pytest.raises(TypeError, match=r"expected a list of maps, got one tensor \(1, 2, 2\)"):
+        cam.fuse(torch.rand(1, 2, 2))
+
+
 def test_fusion_keeps_leading_dimensions_and_takes_the_largest_size():
     maps = [torch.rand(2, 3, 8, 6), torch.rand(2, 3, 4, 3)]
     assert cam.fuse(maps).shape == (2, 3, 8, 6)

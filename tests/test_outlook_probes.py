@@ -70,6 +70,12 @@ PARTS = {
     "squeeze and excitation": lambda: SqueezeExcitation(8, 2),
     "layer norm": lambda: nn.Sequential(_LayerNorm(8), nn.Conv2d(8, 8, 1, bias=False)),
     "group norm": lambda: nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1, bias=False)),
+    "instance norm": lambda: nn.Sequential(
+        nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False)
+    ),
+    "instance norm that has learned": lambda: nn.Sequential(
+        nn.InstanceNorm2d(8, track_running_stats=True), nn.GELU()
+    ),
     "attention": lambda: _Attention(fused=False),
     "fused attention": lambda: _Attention(fused=True),
 }

@@ -282,7 +282,8 @@ def test_picture_in_the_text_is_taken_into_the_page(tmp_path):
         tmp_path / "s.html", [f"![a cat]({tmp_path}/cat.png)", _layercam()], title="t"
     ).read_text()
     assert re.search(r'<img src="data:image/png;base64,[^"]*" alt="a cat"', text)
-    with pytest.raises(OSError, match="cannot identify image file"):
-        save_story(tmp_path / "t.html", [f"![]({tmp_path}/secret.png)", _layercam()], title="t")
-    with pytest.raises(FileNotFoundError):
-        save_story(tmp_path / "t.html", ["![](https://x.org/y.png)", _layercam()], title="t")
+    for url in (f"{tmp_path}/secret.png", "https://x.org/y.png", f"{tmp_path}"):
+        with pytest.raises(ValueError, match=f"expected a picture file in the text, got '{url}'"):
+            save_story(tmp_path / "t.html", [f"![]({url})", _layercam()], title="t")
+    with pytest.raises(TypeError, match="expected text as `title`, got None"):
+        save_story(tmp_path / "t.html", [_layercam()], title=None)

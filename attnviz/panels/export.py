@@ -151,7 +151,8 @@ def save_story(
         The path of the file.
 
     Raises:
-        ValueError: There is no panel, or a link sets what its panel does not have.
+        ValueError: There is no panel, a link sets what its panel does not have, or a picture of
+            the text is no file.
 
     Example:
         ``save_story("talk.html", ["Look at **stage 1**:", panel, "And why:", tree], title="Cat")``
@@ -161,6 +162,8 @@ def save_story(
             f"expected a list of Markdown and panels in `parts`, got {type(parts).__name__}; "
             "write [panel] for one"
         )
+    if not isinstance(title, str):
+        raise TypeError(f"expected text as `title`, got {title!r}")
     panels = [part for part in parts if not isinstance(part, str)]
     for panel in panels:
         if not isinstance(panel, traitlets.HasTraits) or not hasattr(panel, "save_html"):
@@ -241,8 +244,14 @@ def _markdown(panels: "Sequence[Panel]") -> Callable[[str], str]:
             return super().link(text, url, title) if safe else text
 
         def image(self, text: str, url: str, title: str | None = None) -> str:
-            with Image.open(url) as picture:
-                mime = Image.MIME[picture.format]
+            try:
+                with Image.open(url) as picture:
+                    mime = Image.MIME[picture.format]
+            except OSError as error:
+                raise ValueError(
+                    f"expected a picture file in the text, got {url!r}; a page holds its "
+                    "pictures, so download one that is elsewhere"
+                ) from error
             coded = base64.b64encode(Path(url).read_bytes()).decode()
             return super().image(text, f"data:{mime};base64,{coded}", title)
 

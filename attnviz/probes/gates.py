@@ -29,11 +29,12 @@ class ConstantGates(TorchFunctionMode):
     * GELU, SiLU, Mish, Hardswish, ReLU6: :math:`y = (y / x) \, x`, with the quotient constant.
     * Sigmoid, Hardsigmoid and softmax, which weigh other values, and the weights of attention:
       constant.
-    * Layer and group normalization: the standard deviation is constant.
+    * Layer, group and instance normalization: the standard deviation is constant.
 
     Anything that differentiates a network may run within it: :func:`attnviz.stage_maps`,
-    :func:`attnviz.probes.importance.channel_importance`. A network whose own activation
-    function is a sigmoid passes nothing on.
+    :func:`attnviz.probes.importance.channel_importance`. It holds for the thread that enters it
+    and for operations that write no input (``x.sigmoid_()`` does). A network whose own
+    activation function is a sigmoid passes nothing on.
 
     References:
         Explaining Recurrent Neural Network Predictions in Sentiment Analysis (Arras et al.,
@@ -102,12 +103,33 @@ def _group_norm(
     return y if bias is None else y + bias.view(shape)
 
 
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return functional.instance_norm(
+            x, running_mean, running_var, weight, bias, False, momentum, eps
+        )
+    return _group_norm(x, x.shape[1], weight, bias, eps)
+
+
 def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     deviation = (x.var(dims, correction=0, keepdim=True) + eps).sqrt()
     return (x - x.mean(dims, keepdim=True)) / deviation.detach()
 
 
-_NORMS = {functional.layer_norm: _layer_norm, functional.group_norm: _group_norm}
+_NORMS = {
+    functional.layer_norm: _layer_norm,
+    functional.group_norm: _group_norm,
+    functional.instance_norm: _instance_norm,
+}
 
 
 def completeness(
