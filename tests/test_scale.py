@@ -37,6 +37,44 @@ sys.exit(main([*command, str(out / "killed")]))
 """
 
 
+# Trainings in a folder that both processes see; in the end one is killed after its first training.
+TRAINED = {"4.9": {"limit": 16, "epochs": 1}, "3.13": {"limit": 16, "epochs": 1}}
+TRAINING = """
+import json, os, signal, sys, time
+from pathlib import Path
+from attnviz.tables import make_table, sources
+from attnviz.tables.processes import processes
+rank, out, tables = os.environ["RANK"], Path(sys.argv[1]), json.loads(sys.argv[2])
+for id, options in tables.items():
+    table = make_table(id, cache=out / "cache", progress=False, **options)
+    (out / f"{id}-{rank}.json").write_text(json.dumps(table.to_json()))
+
+def begun():
+    raise ValueError("expected a part, got none")
+def needs(number):
+    processes().once("part", begun)
+try:
+    processes().each([lambda: needs(0), lambda: needs(1), lambda: 2])
+except ValueError as error:
+    (out / f"error-{rank}").write_text(str(error))
+def shared(number):
+    processes().once("part", lambda: (out / f"part-{rank}").touch())
+    time.sleep(1)
+    return number, rank
+found = processes().each([lambda: shared(0), lambda: shared(1)])
+(out / f"shared-{rank}").write_text(json.dumps(found))
+
+train = sources.train_oaa
+def killed(*args, **options):
+    train(*args, **options)
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30)
+sources.train_oaa = killed
+make_table("4.9", cache=out / "killed", progress=False, **tables["4.9"])
+"""
+
+
 def _make(id, cache):
     return make_table(id, limit=LIMIT[id], cache=cache, progress=False)
 
@@ -53,18 +91,21 @@ def single(tmp_path_factory):
     return {id: json.loads(json.dumps(_make(id, cache).to_json())) for id in LIMIT}
 
 
+def _launch(folder, script, argument):
+    (folder / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", folder / "script.py", folder, json.dumps(argument)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The folder of two processes, and what they said."""
     folder = tmp_path_factory.mktemp("pair")
-    (folder / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", folder / "script.py", folder, json.dumps(LIMIT)]
-    found = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    return folder, found
+    return folder, _launch(folder, SCRIPT, LIMIT)
 
 
 @pytest.fixture
@@ -104,6 +145,31 @@ def test_killed_process_ends_the_others_and_what_was_measured_is_kept(single, la
     assert table.rows == single["3.8"]["rows"]
     assert len(reads) == LIMIT["3.8"] - len(kept)
     assert not kept & set(reads)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_tables_of_one(tmp_path):
+    found = _launch(tmp_path, TRAINING, TRAINED)
+    assert found.returncode != 0  # one was killed
+    assert "expected 2 processes, got no answer from one of them" in found.stderr
+    shared = [json.loads((tmp_path / f"shared-{rank}").read_text()) for rank in (0, 1)]
+    assert shared[0] == shared[1]
+    assert [number for number, _ in shared[0]] == [0, 1]
+    assert {rank for _, rank in shared[0]} == {"0", "1"}
+    assert len([*tmp_path.glob("part-*")]) == 1
+    for rank in (0, 1):
+        text = (tmp_path / f"error-{rank}").read_text()
+        assert text == "expected a part, got none"
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/*/*.safetensors")}
+    assert 1 <= len(kept) < 3  # of three trainings
+    for id, options in TRAINED.items():
+        cache = tmp_path / ("killed" if id == "4.9" else "single")
+        table = json.loads(
+            json.dumps(make_table(id, cache=cache, progress=False, **options).to_json())
+        )
+        for rank in (0, 1):
+            assert json.loads((tmp_path / f"{id}-{rank}.json").read_text()) == table
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
 def _other_advances(pair, times):

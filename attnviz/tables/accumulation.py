@@ -11,7 +11,8 @@ the image is not in. The thesis' mIoU is that of a segmentation network trained 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,7 @@ from ..training.oaa import Preset, opened
 from ..training.pictures import Pictures
 from ..training.runs import start_fabric
 from .segmentation import Plan, segmented_rows
-from .sources import Source, images_of, joined, trained, trained_table
+from .sources import Source, images_of, joined, repeated, trained, trained_table
 from .table import Row, Table, numbers
 
 __all__ = ["TABLES", "make"]
@@ -110,9 +111,8 @@ def _mean_overlap(counts: np.ndarray) -> np.ndarray:
         return np.nanmean(np.where(true > 0, right / union, np.nan), axis=-1)
 
 
-def _measure(
-    source: Source, run: Path, integral: Path | None, root: Path | None, progress: bool
-) -> _Measured:
+def _measure(source: Source, cache: Path, root: Path | None, progress: bool) -> _Measured:
+    run, integral = trained(source, cache, root, progress)
     config = source.oaa
     pictures = opened(config, "train", root, False)
     pairs, ids = masked_pairs(pictures), pictures.image_ids
@@ -199,8 +199,6 @@ def make(
     """Makes one table of chapter 4; see :func:`attnviz.tables.make_table`."""
     if measure not in ("maps", "segmentation"):
         raise ValueError(f"expected `measure` in ('maps', 'segmentation'), got {measure!r}")
-    if repeats < 1:
-        raise ValueError(f"expected `repeats` of at least 1, got {repeats}")
     network = network or ("scenes" if data == "scenes" else "vgg16")
     preset = "small" if network == "scenes" else preset
     changes = {"limit": limit, "epochs": epochs, "weights": str(weights)}
@@ -225,13 +223,14 @@ def make(
             rule=rule, segment_epochs=segment_epochs, workers=workers,
         )  # fmt: skip
         return trained_table(id, config, seed, *found)
-    measured: dict[int, list[_Measured]] = {}
-    for repeat in range(repeats):
-        again = OAAConfig(**asdict(config) | {"seed": seed + repeat})
-        for place, source in _sources(id, again).items():
-            run, integral = trained(source, cache, root, progress)
-            found = _measure(source, run, integral, root, progress)
-            measured.setdefault(place, []).append(found)
+    measured = repeated(
+        replace(config, seed=seed), repeats,
+        lambda again: {
+            place: partial(_measure, source, cache, root, progress)
+            for place, source in _sources(id, again).items()
+        },
+        progress,
+    )  # fmt: skip
     class_names = opened(config, "train", root, False).class_names
     rows = [
         _row(row, measured.get(place), class_names)
@@ -245,11 +244,15 @@ def _localization(
     config: OAAConfig, root: Path | None, seed: int, repeats: int, cache: Path, progress: bool
 ) -> Table:
     # Table 4.14: boxes of unseen images, by the maps of the two branches of one training.
-    found: list[dict] = []
-    for repeat in range(repeats):
-        source = Source(OAAConfig(**asdict(config) | {"seed": seed + repeat, "branch": True}))
+    def boxes(again: OAAConfig) -> dict:
+        source = Source(replace(again, branch=True))
         run, _ = trained(source, cache, root, progress)
-        found.append(json.loads((run / "metrics.json").read_text())["localization"])
+        return json.loads((run / "metrics.json").read_text())["localization"]
+
+    made = repeated(
+        replace(config, seed=seed), repeats, lambda again: {"": partial(boxes, again)}, progress
+    )
+    found = made[""]
     if not found[0] or not found[0]["cam"]["images"]:
         raise ValueError(
             f"expected unseen pictures of one class with a box for table 4.14, got none in "

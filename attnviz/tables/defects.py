@@ -14,7 +14,8 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -31,7 +32,7 @@ from ..training import DefectConfig, defect_config, train_defect
 from ..training.defect import Preset, Surface, open_surfaces
 from .localization import METHODS
 from .measured import FORMAT, Item, Part, Store, run_part, state_hash
-from .processes import own_device
+from .processes import own_device, processes
 from .table import Row, Table, mean_cell, numbers
 
 __all__ = ["TABLES", "THRESHOLDS", "make"]
@@ -78,13 +79,17 @@ def _given(network: str | Staged, weights: str | Path, root: Path) -> Staged | N
 def _trained(
     config: DefectConfig, root: Path, cache: Path, repeats: int, progress: bool
 ) -> list[_Classifier]:
-    found = []
-    for repeat in range(repeats):
-        again = DefectConfig(**asdict(config) | {"seed": config.seed + repeat})
+    def train(again: DefectConfig) -> Path:
         text = json.dumps(asdict(again), sort_keys=True)
         run = cache / f"DefectConfig-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         resume = (run / "checkpoint.pt").is_file()
         train_defect(again, run, resume, data=root, progress=progress)
+        return run
+
+    configs = [replace(config, seed=config.seed + repeat) for repeat in range(repeats)]
+    runs = processes().each([partial(train, again) for again in configs], progress)
+    found = []
+    for again, run in zip(configs, runs, strict=True):
         metrics = json.loads((run / "metrics.json").read_text())
         note = (
             f"seed {again.seed}: trained on {metrics['training_images']} labels, "

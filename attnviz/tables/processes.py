@@ -1,8 +1,9 @@
 """The processes of torchrun, which share the pictures of a table.
 
-Each measures every n-th of the batches that are still to be measured and keeps the records in a
-file of its own. In the end all processes get all records through the process group, so machines
-need no folder in common; who measured what has no influence on the table.
+Of a measurement each takes every n-th of the batches that are still to be measured and keeps the
+records in a file of its own. In the end all processes get all records through the process group,
+so machines need no folder in common. Of trainings each takes the next one that nobody has begun,
+in a folder that all see. Who did what has no influence on the table.
 """
 
 import os
@@ -14,8 +15,9 @@ from typing import TypeVar
 
 import torch
 from torch import distributed
+from tqdm import tqdm
 
-from ..training.runs import PATIENCE, all_answer
+from ..training.runs import PATIENCE, all_answer, by_itself
 
 __all__ = ["Processes", "own_device", "processes"]
 
@@ -74,18 +76,70 @@ class Processes:
         distributed.all_gather_object(found, mine)
         return found
 
-    def once(self, name: str, make: Callable[[], object]) -> None:
-        """Lets the first process make what all of them read from a common folder then.
+    def each(self, jobs: Sequence[Callable[[], T]], progress: bool = False) -> list[T]:
+        """Does jobs, each in the first process that is free for it, and returns what they give.
+
+        All processes have to call it with the same jobs. A training inside is one of that
+        process alone, so that what it gives does not depend on how many there are.
 
         Args:
-            name: Of what is made; another one each time.
-            make: Makes it.
+            jobs: They give what can be pickled.
+            progress: Whether to show a bar while this process waits for others.
+
+        Raises:
+            Exception: That of a job, in all processes.
         """
-        if self.rank == 0:
+        if self.count == 1:
+            return [job() for job in jobs]
+        self._passes += 1
+        mine: dict[int, T] = {}
+        error: Exception | None = None
+        with by_itself(), self.answering():
+            for place, job in enumerate(jobs):
+                if self._add("failed", 0) or self._add(f"job {place}") > 1:
+                    continue
+                try:
+                    mine[place] = job()
+                except Exception as found:  # raised below, when all know of it
+                    error = found
+                    self._add("failed")
+                self._add("done")
+            self._add("ready")
+            with tqdm(
+                total=len(jobs), desc="waiting for other processes", delay=2, disable=not progress
+            ) as bar:
+                while self._add("ready", 0) < self.count:
+                    bar.update(self._add("done", 0) - bar.n)
+                    time.sleep(0.2)
+        parts = self.gather((mine, error))
+        errors = [found for _, found in parts if found is not None]
+        if error is None or isinstance(error, _Elsewhere):
+            error = next((each for each in errors if not isinstance(each, _Elsewhere)), error)
+        if error is not None:
+            raise error
+        found = {place: value for values, _ in parts for place, value in values.items()}
+        return [found[place] for place in range(len(jobs))]
+
+    def once(self, name: str, make: Callable[[], object]) -> None:
+        """Lets the first process that gets here make what jobs share; others wait until it is.
+
+        Args:
+            name: Of what is made.
+            make: Makes it, in a folder that all processes see.
+        """
+        if self.count == 1:
             make()
-            self._store.add(name, 1)
-        with self.answering():
-            while not self._store.add(name, 0):
+        elif self._add(f"{name} begun") == 1:
+            try:
+                make()
+            except Exception:
+                self._add(f"{name} failed")
+                raise
+            self._add(f"{name} made")
+        else:
+            while not self._add(f"{name} made", 0):
+                if self._add(f"{name} failed", 0):
+                    raise _Elsewhere(name)
                 time.sleep(0.2)
 
     def share(self, parts: Sequence[T]) -> Sequence[T]:
@@ -99,7 +153,7 @@ class Processes:
         """Says that this process has done a part; returns how many are done, by all."""
         now = time.monotonic()
         self._longest, self._since = max(self._longest, now - self._since), now
-        self._store.add(self._key(self.rank), 1)
+        self._add(str(self.rank))
         return sum(self._done())
 
     def wait(self, show: Callable[[int, str], object]) -> None:
@@ -129,8 +183,14 @@ class Processes:
             time.sleep(0.2)
         show(sum(done), "")
 
-    def _key(self, rank: int) -> str:
-        return f"{self._passes}/{rank}"
-
     def _done(self) -> list[int]:
-        return [self._store.add(self._key(rank), 0) for rank in range(self.count)]
+        return [self._add(str(rank), 0) for rank in range(self.count)]
+
+    def _add(self, name: str, number: int = 1) -> int:
+        # A count of this pass, which all processes have in common.
+        return self._store.add(f"{self._passes}/{name}", number)
+
+
+class _Elsewhere(Exception):
+    # Another process could not make what a job needs; it says why.
+    pass

@@ -34,8 +34,8 @@ from ..training import OAAConfig, SegmentConfig, oaa_config, segment_config, tra
 from ..training.oaa import Preset, opened
 from ..training.pictures import Pictures, open_pictures
 from ..training.runs import json_bytes
-from .processes import processes
-from .sources import Source, folder_of, images_of, joined, trained, trained_table
+from .processes import own_device, processes
+from .sources import Source, folder_of, images_of, joined, repeated, trained, trained_table
 from .table import Row, Table, numbers
 
 __all__ = ["TABLES", "Plan", "make", "segmented_rows"]
@@ -199,8 +199,11 @@ class _Maker:
         preset = "small" if plan.network.startswith("scenes") else "thesis"
         second = segment_config(preset, **changes)
         run = folder_of(self.cache, replace(second, labels=Path(labels).name))
-        train_segment(second, run, (run / "checkpoint.pt").is_file(), data=self.root,
-                      progress=self.progress)  # fmt: skip
+        processes().once(
+            run.name,
+            lambda: train_segment(second, run, (run / "checkpoint.pt").is_file(), data=self.root,
+                                  progress=self.progress),
+        )  # fmt: skip
         found: dict[str, object] = {"labels": quality, "test": None}
         if not self.multi:  # the training has measured these
             measured = json.loads((run / "metrics.json").read_text())
@@ -228,7 +231,7 @@ class _Maker:
         items = [*map(pictures.item, range(len(pictures)))]
         test = "multi" if self.multi else "single"
         network = load_segmentation(run / "network.safetensors")
-        network.to("cuda" if config.device == "cuda" else "cpu")
+        network.to(own_device("cuda" if config.device == "cuda" else "cpu"))
         return evaluate(network, items, test, workers=self.workers,
                         progress=self.progress).to_json()  # fmt: skip
 
@@ -325,8 +328,6 @@ def segmented_rows(
     Returns:
         On how many pictures scores are measured, rows, extra rows and notes.
     """
-    if repeats < 1:
-        raise ValueError(f"expected `repeats` of at least 1, got {repeats}")
     if config.data not in ("scenes", "voc2012", "coco"):
         raise ValueError(
             f"expected `data` with masks of several classes for table {id}, got {config.data!r}; "
@@ -353,13 +354,19 @@ def segmented_rows(
     maker = _Maker(
         cache, root, label, changes, id in _MULTI, tested, id == "3.13", workers, progress
     )
-    found: dict[tuple[int, str], list[dict]] = {}
-    for repeat in range(repeats):
-        again = OAAConfig(**asdict(config) | {"seed": seed + repeat})
-        for place, plan in plans_of(again, name, deep).items():
-            scores = maker.scores(plan, again)
-            if scores is not None:
-                found.setdefault(place, []).append(scores)
+    made = repeated(
+        replace(config, seed=seed), repeats,
+        lambda again: {
+            place: partial(maker.scores, plan, again)
+            for place, plan in plans_of(again, name, deep).items()
+        },
+        progress,
+    )  # fmt: skip
+    found = {
+        place: some
+        for place, each in made.items()
+        if (some := [scores for scores in each if scores is not None])
+    }
     rows, extra = _rows(id, found)
     part = "test" if id == "4.4" else "validation"
     some = next(iter(found.values()))[0][part] if found else None

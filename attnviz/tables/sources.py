@@ -6,18 +6,21 @@ tables share trainings.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from ..explain import package_versions
 from ..training import OAAConfig, integral_config, train_integral, train_oaa
+from .processes import processes
 from .table import Row, Table, numbers
 
-__all__ = ["Source", "folder_of", "images_of", "joined", "trained", "trained_table"]
+__all__ = ["Source", "folder_of", "images_of", "joined", "repeated", "trained", "trained_table"]
+
+K, T = TypeVar("K"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,52 @@ def trained(
     source: Source, cache: Path, root: Path | None, progress: bool
 ) -> tuple[Path, Path | None]:
     """Returns the folders of a row's trainings, which are made or finished here."""
+
+    def train(how: Callable, config: object, out: Path) -> None:
+        processes().once(
+            out.name,
+            lambda: how(
+                config, out, (out / "checkpoint.pt").is_file(), data=root, progress=progress
+            ),
+        )
+
     run = folder_of(cache, source.oaa)
-    train_oaa(source.oaa, run, (run / "checkpoint.pt").is_file(), data=root, progress=progress)
+    train(train_oaa, source.oaa, run)
     if source.integral is None:
         return run, None
     changes = {"epochs": source.oaa.epochs, "seed": source.oaa.seed, **source.integral}
     config = integral_config(run, device=source.oaa.device, **changes)
     second = folder_of(cache, config, source=run.name)
-    resume = (second / "checkpoint.pt").is_file()
-    train_integral(config, second, resume, data=root, progress=progress)
+    train(train_integral, config, second)
     return run, second
+
+
+def repeated(
+    config: OAAConfig,
+    repeats: int,
+    jobs_of: Callable[[OAAConfig], Mapping[K, Callable[[], T]]],
+    progress: bool,
+) -> dict[K, list[T]]:
+    """Does what every cell of a table needs, once for each seed, in all processes there are.
+
+    Args:
+        config: The trainings', with the first seed.
+        repeats: How many seeds.
+        jobs_of: What to do for a config, by cell.
+        progress: Whether to show bars.
+
+    Returns:
+        What each cell's jobs gave.
+    """
+    if repeats < 1:
+        raise ValueError(f"expected `repeats` of at least 1, got {repeats}")
+    seeds = [replace(config, seed=config.seed + repeat) for repeat in range(repeats)]
+    jobs = [(cell, job) for again in seeds for cell, job in jobs_of(again).items()]
+    found: dict[K, list[T]] = {}
+    made = processes().each([job for _, job in jobs], progress)
+    for (cell, _), value in zip(jobs, made, strict=True):
+        found.setdefault(cell, []).append(value)
+    return found
 
 
 def joined(paper: object, found: Sequence[Sequence[float]] | None) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import MISSING, asdict
 from datetime import timedelta
 from pathlib import Path
@@ -29,10 +30,10 @@ from .. import __version__
 from ..files import first_line, only_one, read_saved, write_whole
 
 __all__ = [
-    "Device", "Precision", "RunConfig", "all_answer", "alone", "batches", "check_choices",
-    "check_counts", "check_rates", "computes_bfloat16", "csv_bytes", "epoch_seed", "json_bytes",
-    "network_bytes", "normalized", "one_cycle", "open_run", "poly", "reproducible", "resolved",
-    "save_run", "start_fabric", "step", "steps", "table", "together",
+    "Device", "Precision", "RunConfig", "all_answer", "alone", "batches", "by_itself",
+    "check_choices", "check_counts", "check_rates", "computes_bfloat16", "csv_bytes",
+    "epoch_seed", "json_bytes", "network_bytes", "normalized", "one_cycle", "open_run", "poly",
+    "reproducible", "resolved", "save_run", "start_fabric", "step", "steps", "table", "together",
 ]  # fmt: skip
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -165,14 +166,32 @@ def resolved(config: RunConfig) -> tuple[Literal["cpu", "cuda"], str]:
     return device, {"32": "32-true", "bf16": "bf16-mixed"}[precision]
 
 
+_by_itself = ContextVar("by_itself", default=False)
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Lets a process of torchrun train inside as if it were the only one."""
+    token = _by_itself.set(True)
+    try:
+        yield
+    finally:
+        _by_itself.reset(token)
+
+
 def start_fabric(config: RunConfig) -> Fabric:
     """Starts what computes: one process, or as many as torchrun has made."""
     device, precision = resolved(config)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # what torchrun says
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    devices: int | list[int] = local
+    if _by_itself.get():
+        local = world = devices = 1
+        if device == "cuda":
+            devices = [int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()]
     strategy = DDPStrategy(timeout=PATIENCE) if world > 1 else "auto"
     fabric = Fabric(
-        accelerator=device, devices=local, num_nodes=world // local, precision=precision,
+        accelerator=device, devices=devices, num_nodes=world // local, precision=precision,
         strategy=strategy,
     )  # fmt: skip
     fabric.launch()
