@@ -38,7 +38,7 @@ sys.exit(main([*command, str(out / "killed")]))
 
 
 # Trainings in a folder that both processes see; in the end one is killed after its first training.
-TRAINED = {"4.9": {"limit": 16, "epochs": 1}, "3.13": {"limit": 16, "epochs": 1}}
+TRAINED = {"4.9": {"limit": 16, "epochs": 2}, "3.13": {"limit": 16, "epochs": 2}}
 TRAINING = """
 import json, os, signal, sys, time
 from pathlib import Path

@@ -100,6 +100,8 @@ class Processes:
                     continue
                 try:
                     mine[place] = job()
+                except ConnectionError:  # another process has ended
+                    raise
                 except Exception as found:  # raised below, when all know of it
                     error = found
                     self._add("failed")
