@@ -18,11 +18,11 @@ __all__ = ["QUICK", "write_report"]
 
 QUICK: dict[str, dict[str, object]] = {
     "3": {"limit": 100},
-    "3.9": {"limit": 300, "epochs": 3},
-    "3.10": {"limit": 300, "epochs": 3},
-    "3.11": {"limit": 300, "epochs": 3, "segment_epochs": 3},
-    "3.12": {"limit": 300, "epochs": 3, "segment_epochs": 3},
-    "4": {"limit": 300, "epochs": 3, "segment_epochs": 3},
+    "3.9": {"limit": 150, "epochs": 3},
+    "3.10": {"limit": 150, "epochs": 3},
+    "3.11": {"limit": 150, "epochs": 3, "segment_epochs": 3},
+    "3.12": {"limit": 150, "epochs": 3, "segment_epochs": 3},
+    "4": {"limit": 150, "epochs": 3, "segment_epochs": 3},
     "5": {"limit": 10},
 }
 """Sizes that make a report in minutes, by table or chapter; its numbers show that all runs, and
