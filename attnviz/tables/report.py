@@ -16,14 +16,14 @@ from .table import Table, table_names
 
 __all__ = ["QUICK", "write_report"]
 
+_MASKS = ("3.11", "3.12", "3.13", "4.1", "4.2", "4.3", "4.4", "4.7", "4.12")
 QUICK: dict[str, dict[str, object]] = {
     "3": {"limit": 100},
     "3.9": {"limit": 150, "epochs": 3},
     "3.10": {"limit": 150, "epochs": 3},
-    "3.11": {"limit": 150, "epochs": 3, "segment_epochs": 3},
-    "3.12": {"limit": 150, "epochs": 3, "segment_epochs": 3},
-    "4": {"limit": 150, "epochs": 3, "segment_epochs": 3},
+    "4": {"limit": 150, "epochs": 3},
     "5": {"limit": 10},
+    **{id: {"limit": 60, "epochs": 3, "segment_epochs": 2} for id in _MASKS},
 }
 """Sizes that make a report in minutes, by table or chapter; its numbers show that all runs, and
 are no measure of a method."""
