@@ -433,13 +433,52 @@ def test_voc_is_checked(tmp_path):
     problems = check_data("voc2012", tmp_path, progress=False)["problems"]
     starts = [
         "pictures of train.txt that are not there: 2007_9",
-        "lists without a picture that is there: trainval.txt",
+        "pictures of trainval.txt that are not there: 2007_8",
+        "lists that cannot be used: trainval.txt (expected pictures of trainval.txt in",
         "masks that cannot be used: SegmentationClass/2007_1.png (expected labels 0 to 20 or 255",
         "masks of pictures that are not there: 2007_3.png",
     ]
     for line, start in zip(problems, starts, strict=True):
         assert line.startswith(start)
-    assert "SegmentationClass/2007_2.png (expected a mask of 24 x 32" in problems[2]
+    assert "SegmentationClass/2007_2.png (expected a mask of 24 x 32" in problems[3]
+
+
+BAD_CLASSES = {
+    "broken boxes": (
+        "Annotations/2007_1.xml", b"<annotation><object>",
+        ["annotations that cannot be read: 2007_1.xml",
+         "found none; choose other `labels`, such as 'masks')"],
+    ),
+    "numbers beyond": (
+        "train_cls.txt", b"2007_1 25",
+        ["classes outside 0 to 19 in train_cls.txt, left out: line 1", "found none; choose other"],
+    ),
+    "another encoding": (
+        "train_cls.txt", "2007_1 \xe4".encode("latin-1"), ["(expected text in UTF-8, got "],
+    ),
+    "a list in another encoding": (
+        "ImageSets/Segmentation/train.txt", b"\xff", ["(expected text in UTF-8, got "],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_CLASSES)
+def test_voc_lists_without_classes_say_why_and_what_else_is_wrong(tmp_path, kind):
+    folder = tmp_path / "voc2012"
+    _voc(folder)
+    file, content, wanted = BAD_CLASSES[kind]
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(content)
+    (folder / "val_cls.txt").write_text("2007_2 0\n")
+    listed = folder / "ImageSets" / "Segmentation" / "train.txt"
+    if listed != folder / file:
+        _image(folder / "JPEGImages" / "2007_3.jpg")  # its mask was deleted
+        listed.write_text("2007_1\n2007_3\n")
+        wanted = ["masks of train.txt that are not there: 2007_3", *wanted]
+    problems = check_data("voc2012", tmp_path, progress=False)["problems"]
+    for text in [*wanted, "lists that cannot be used: train.txt (expected "]:
+        assert sum(text in line for line in problems) == 1
+    assert not any("val.txt" in line for line in problems)
 
 
 def test_coco_is_checked(tmp_path):

@@ -42,7 +42,7 @@ from .folder import LabeledImages, Problems, list_pictures, read_lines
 from .imagenet import find_pictures, load_imagenet
 from .masks import MaskedImage, read_label_picture
 from .surface import load_magnetic_tile
-from .voc import VOC_CLASS_NAMES, load_voc
+from .voc import VOC_CLASS_NAMES, read_voc
 
 __all__ = [
     "Archive", "DataSet", "check_data", "data_names", "download", "extract", "fetch_data",
@@ -240,11 +240,13 @@ def _check_voc(folder: Path, problems: Problems, progress: bool) -> dict[str, in
     counts = _count_voc(folder)
     folder = _voc_folder(folder)
     for path in sorted((folder / "ImageSets" / "Segmentation").glob("*.txt")):
-        counts[path.stem] = sum(1 for line in read_lines(path) if line.strip())
+        found = Problems()
         try:
-            problems.keep(load_voc(folder, path.stem).problems)
-        except FileNotFoundError:
-            problems.add("lists without a picture that is there", path.name)
+            counts[path.stem] = sum(1 for line in read_lines(path) if line.strip())
+            read_voc(folder, path.stem, found)
+        except (FileNotFoundError, ValueError) as error:
+            found.add("lists that cannot be used", f"{path.name} ({error})")
+        problems.keep(found.lines())
     if not counts.keys() & {"train", "val"}:
         problems.add("lists that are not there", "ImageSets/Segmentation/train.txt, val.txt")
     images = {path.stem: path for path in sorted((folder / "JPEGImages").glob("*.jpg"))}

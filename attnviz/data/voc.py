@@ -67,16 +67,29 @@ def load_voc(
         progress: Show a progress bar.
 
     Raises:
-        FileNotFoundError: The folder, the list or all of its pictures are not there.
-        ValueError: `labels`, `masks` or `limit` is none that can be chosen.
+        FileNotFoundError: The folder, the list, or all of its pictures or their classes are not
+            there.
+        ValueError: `labels`, `masks` or `limit` is none that can be chosen, or a list is no text.
     """
+    return read_voc(root, split, Problems(), labels, masks, limit, progress)
+
+
+def read_voc(
+    root: str | Path,
+    split: str,
+    problems: Problems,
+    labels: Labels = "auto",
+    masks: Masks = "auto",
+    limit: int | None = None,
+    progress: bool = False,
+) -> MaskedImages:
+    """Does the work of :func:`load_voc`; `problems` has what was found also if that raises."""
     for name, value, choices in (("labels", labels, Labels), ("masks", masks, Masks)):
         if value not in get_args(choices):
             raise ValueError(f"expected `{name}` in {get_args(choices)}, got {value!r}")
     check_limit(limit)
     folder = find_voc(Path(root))
     listed = _find_list(folder, split)
-    problems = Problems()
     image_ids = _names(listed, problems)
 
     files = {PurePosixPath(name).stem: name for name in list_names(folder / "JPEGImages")}
@@ -103,9 +116,10 @@ def load_voc(
         sources["labels"] = str(source)
     keep = [i for i, classes in enumerate(class_ids) if classes is not None]
     if not keep:
+        other = ", such as 'masks'" if any(found) and labels != "masks" else ""
         raise FileNotFoundError(
             f"expected the classes of {listed.name}'s pictures in {str(source)!r}, found none; "
-            "choose other `labels`"
+            f"choose other `labels`{other}"
         )
     return MaskedImages(
         folder / "JPEGImages",
