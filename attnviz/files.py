@@ -55,10 +55,9 @@ def read_saved(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = first_line(error)
-        if isinstance(error, UnpicklingError):  # torch advises to run whatever is in the file
-            reason = "it is damaged, or holds more than tensors and plain values"
-        raise ValueError(reason) from error
+        known = isinstance(error, OSError)  # torch's own words advise to run what is in the file
+        reason = "it is damaged, or holds more than tensors and plain values"
+        raise ValueError(first_line(error) if known else reason) from error
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -86,15 +85,18 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def only_one(folder: Path, what: str) -> Iterator[None]:
+def only_one(
+    folder: Path, what: str, wait: Callable[[str], object] | None = None
+) -> Iterator[None]:
     """Keeps a second process out of a folder; the lock ends with the process.
 
     Args:
-        folder: The folder, which is there.
+        folder: The folder or file, which is there.
         what: What is under way in it, for the message.
+        wait: Is told once that another process is at work, whose end is then waited for.
 
     Raises:
-        FileExistsError: Another process is at work in it.
+        FileExistsError: Another process is at work in it, and `wait` is None.
     """
     if os.name != "posix":
         yield
@@ -106,10 +108,13 @@ def only_one(folder: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(
-                f"expected no other {what} in {str(folder)!r}, got one that is under way; wait "
-                "until it has ended, or name another folder"
-            ) from None
+            if wait is None:
+                raise FileExistsError(
+                    f"expected no other {what} in {str(folder)!r}, got one that is under way; "
+                    "wait until it has ended, or name another folder"
+                ) from None
+            wait(f"waiting for another process with {str(folder)!r}")
+            fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
         os.close(opened)

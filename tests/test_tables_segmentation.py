@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from attnviz.segment import LabelConfig, label_file
-from attnviz.tables import Table, make_table, report, segmentation, table_names
+from attnviz.tables import Table, make_table, report, segmentation, sources, table_names
 from attnviz.tables.sources import Source
 from attnviz.tables.table import numbers
 from attnviz.training import oaa_config
@@ -56,6 +57,28 @@ def test_everything_is_made_once(made, cache):
     now = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     changed = {path for path in files if now[path] != files[path]}
     assert not {path.suffix for path in changed} & {".png", ".safetensors", ".json"}
+
+
+def test_a_cache_that_has_moved_or_is_named_otherwise_is_taken(made, cache, tmp_path, monkeypatch):
+    copy = shutil.copytree(cache, tmp_path / "copy")
+    for name in ("train_segment", "write_labels", "evaluate"):
+        monkeypatch.setattr(segmentation, name, None)  # nothing is made again
+    monkeypatch.setattr(sources, "train_oaa", None)
+    monkeypatch.chdir(tmp_path)
+    for place in (copy, "copy"):
+        again = make_table("4.7", rule="affinity", cache=place, **SMALL)
+        assert again.to_json() == made.to_json()
+
+
+def test_damaged_results_are_made_again(made, cache):
+    labels, *_ = (path for path in cache.glob("LabelConfig-*") if path.is_dir())
+    run = next(path for path in cache.glob("SegmentConfig-*") if path.is_dir())
+    for path in (labels / "quality.json", run / "metrics.json"):
+        path.write_bytes(path.read_bytes()[:5])
+    again = make_table("4.7", rule="affinity", cache=cache, **SMALL)
+    assert again.to_json() == made.to_json()
+    assert json.loads((labels / "quality.json").read_text())
+    assert json.loads((run / "metrics.json").read_text())["training_images"]
 
 
 def test_stages_count_from_the_deepest_and_the_class_stays_out():

@@ -1,15 +1,20 @@
 """Tables of chapters 4 and 5: what they train, measure and keep."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from attnviz.cli import main
+from attnviz.data.masks import MaskedImage
 from attnviz.metrics import split_half
-from attnviz.tables import accumulation, make_table, table_options
+from attnviz.tables import accumulation, make_table, sources, table_options
 from attnviz.tables.table import numbers
+from attnviz.training import oaa_config, runs
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,58 @@ def test_table_has_the_rows_of_the_thesis_with_an_interval(made):
         assert 0 <= cell["low"] <= cell["ours"] <= cell["high"] <= 100
     assert "generated" in table.notes[0]
     assert "4.11" in table._repr_html_()
+
+
+def _pictures(folder, count=4):
+    for number in range(count):
+        place = folder / ("ox" if number % 2 else "cat")
+        place.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (32, 40, 3), np.uint8)
+        Image.fromarray(noise).save(place / f"{number}.png")
+    return folder
+
+
+def test_cache_knows_pictures_classes_and_weights(tmp_path):
+    def folder_of(data, weights="auto"):
+        config = oaa_config(data=str(data), weights=str(weights))
+        return sources.cache_for(tmp_path, config, None)
+
+    data = _pictures(tmp_path / "a" / "set")
+    same = _pictures(tmp_path / "b" / "set")
+    before = folder_of(data)
+    assert folder_of(same) == before
+    (same / "ox" / "1.png").rename(same / "cat" / "1.png")
+    assert folder_of(same) != before
+    Image.new("RGB", (40, 32)).save(data / "ox" / "1.png")
+    replaced = folder_of(data)
+    weights = tmp_path / "weights.pt"
+    found = {before, replaced}
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        found |= {folder_of(data, weights), folder_of("scenes", weights)}
+    assert len(found) == 6
+    assert folder_of("scenes") == tmp_path
+
+
+def test_cache_knows_masks(real_data, tmp_path, monkeypatch):
+    config = oaa_config(data="voc2012", limit=8)
+    before = sources.cache_for(tmp_path, config, real_data)
+    read = MaskedImage.read_mask
+    monkeypatch.setattr(MaskedImage, "read_mask", lambda item: np.minimum(read(item), 1))
+    assert sources.cache_for(tmp_path, config, real_data) != before
+
+
+def test_second_table_waits_for_the_first(tmp_path, capsys):
+    def make():
+        time.sleep(1)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "metrics.json").write_text(f'{{"made": {time.monotonic()}}}')
+
+    path = tmp_path / "run" / "metrics.json"
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(sources.result, path, make, True) for _ in range(2)]
+    assert both[0].result() == both[1].result()
+    assert capsys.readouterr().out.count("waiting for another process with") == 1
 
 
 def test_finished_trainings_are_taken_as_they_are(made, monkeypatch):
@@ -125,10 +182,20 @@ def test_options_of_another_chapter_are_refused(id, options, message, tmp_path):
         make_table(id, cache=tmp_path, **options)
 
 
+@pytest.mark.parametrize("name", ["limit", "repeats"])
+@pytest.mark.parametrize("value", [2.5, True, "2"])
+def test_counts_are_whole_numbers(name, value, tmp_path, untyped):
+    with pytest.raises(TypeError, match=f"expected `{name}` as a whole number, got {value!r}"):
+        make_table("4.5", cache=tmp_path, **{name: value})
+
+
 @pytest.mark.parametrize(
     ("id", "options", "message"),
     [
         ("4.5", {"repeats": 0}, "expected `repeats` of at least 1"),
+        ("4.5", {"preset": "released"}, "expected no `preset` with the small network of scenes"),
+        ("4.5", {"preset": "x", "network": "vgg16"}, "expected `preset` in .*, got 'x'"),
+        ("4.5", {"data": "ilsvrc"}, "expected `data` in .* labeled pictures for table 4.5"),
         ("4.11", {"limit": 0}, "expected `limit` of at least 1"),
         ("5.1", {"decisions": 0}, "expected `decisions` of at least 1"),
         ("5.1", {"data": "coco"}, "expected `data` in .* for table 5.1"),
@@ -149,3 +216,15 @@ def test_options_are_those_of_the_chapter():
 def test_command_names_an_option_that_does_not_belong(tmp_path, capsys):
     assert main(["table", "4.11", "--batch", "4", "--cache", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_knows_a_folder_that_has_moved_but_no_other_of_its_name(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name / "labels").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    here, other = tmp_path / "a" / "labels", tmp_path / "b" / "labels"
+    assert runs._equal("a/labels", str(here))
+    assert runs._equal(str(tmp_path / "gone" / "labels"), str(here))
+    assert not runs._equal(str(other), str(here))
+    assert not runs._equal(str(tmp_path / "gone" / "more"), str(here))
+    assert not runs._equal("scenes", "voc2012")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import check_whole
 from ..networks import data_root as find_data_root
 from ..stages import Staged
 from . import accumulation, decomposition, defects, localization, segmentation
@@ -79,14 +80,15 @@ def make_table(
             Tables 3.9 and 3.10: ``gradient_at`` as above; ``preset``: see
             :func:`attnviz.training.defect_config`; ``epochs``, ``repeats`` as in chapter 4.
 
-            Chapter 4: ``preset``: see :func:`attnviz.training.oaa_config`; the small network of
-            scenes has its own. ``epochs``: of each training. ``repeats``: trainings of each row,
-            with seeds from `seed` on; of several, the mean is shown with the least and largest.
-            ``measure``: in tables 4.5 to 4.10 ``maps``, their own mIoU, or ``segmentation``, that
-            of a network trained on labels made from them, as in the thesis and in tables 4.1 to
-            4.4, 4.7, 4.12 and 3.11 to 3.13. For these: ``rule``: what is background in pseudo
-            labels, see :class:`attnviz.segment.LabelConfig`; ``segment_epochs``: of each
-            segmentation; ``workers``: processes for labels and dense CRFs.
+            Chapter 4: ``preset``: see :func:`attnviz.training.oaa_config`, ``thesis`` if None;
+            not for the small network of scenes, which has its own. ``epochs``: of each training.
+            ``repeats``: trainings of each row, with seeds from `seed` on; of several, the mean is
+            shown with the least and largest. ``measure``: in tables 4.5 to 4.10 ``maps``, their
+            own mIoU, or ``segmentation``, that of a network trained on labels made from them, as
+            in the thesis and in tables 4.1 to 4.4, 4.7, 4.12 and 3.11 to 3.13. For these:
+            ``rule``: what is background in pseudo labels, see
+            :class:`attnviz.segment.LabelConfig`; ``segment_epochs``: of each segmentation;
+            ``workers``: processes for labels and dense CRFs.
 
             Table 5.1: ``top``: channels for each decision of a tree; ``decisions``: at most so
             many for each stage and picture.
@@ -108,8 +110,8 @@ def make_table(
                 f"expected options of table {id} in {{{', '.join(known)}}}, got {name!r}; "
                 "leave it out"
             )
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected `limit` of at least 1, got {limit}")
+    if limit is not None:
+        check_whole("limit", limit, 1)
     folder = _cache_folder() if cache is None else Path(cache)
     return make(
         id, data=data, network=network, weights=weights, root=find_data_root(data_root),

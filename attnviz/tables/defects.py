@@ -33,6 +33,7 @@ from ..training.defect import Preset, Surface, open_surfaces
 from .localization import METHODS
 from .measured import FORMAT, Item, Part, Store, run_part, state_hash
 from .processes import own_device, processes
+from .sources import finished
 from .table import Row, Table, mean_cell, numbers
 
 __all__ = ["TABLES", "THRESHOLDS", "make"]
@@ -81,9 +82,11 @@ def _trained(
 ) -> list[_Classifier]:
     def train(again: DefectConfig) -> Path:
         text = json.dumps(asdict(again), sort_keys=True)
+        if again.data != "defects":
+            surfaces, _ = open_surfaces(again.data, "train", limit=again.limit, root=root)
+            text += repr([(each.image_id, each.defective) for each in surfaces])
         run = cache / f"DefectConfig-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        resume = (run / "checkpoint.pt").is_file()
-        train_defect(again, run, resume, data=root, progress=progress)
+        finished(train_defect, again, run, root, progress)
         return run
 
     configs = [replace(config, seed=config.seed + repeat) for repeat in range(repeats)]

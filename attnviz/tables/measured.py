@@ -166,12 +166,12 @@ class Store:
         """Returns the last record of each picture as it was then, of all processes."""
         found: dict[tuple[str, str], dict] = {}
         for path in sorted(self.folder.glob(f"{self.stem}.*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
                 except ValueError:
                     continue
-                if "id" in record:
+                if isinstance(record, dict) and {"id", "digest"} <= record.keys():
                     found[record["id"], record["digest"]] = record
         return found
 

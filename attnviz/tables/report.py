@@ -80,16 +80,19 @@ def write_report(
         given = {name: value for name, value in {**sizes, **options}.items() if name in known}
         try:
             made[id] = make_table(id, data=data, seed=seed, **given)
-        except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        except ConnectionError:  # another process has ended
+            raise
+        except (ValueError, TypeError, LookupError, OSError, ImportError) as error:
             missing[id] = str(error)
         say(f"{id:5} " + (f"{made[id].n} images" if id in made else f"not made: {missing[id]}"))
         if processes().rank == 0:
-            write_whole(Path(out), _page(made, missing, data, seed, quick).encode())
+            small = quick or bool({"limit", "epochs"} & options.keys())
+            write_whole(Path(out), _page(made, missing, data, seed, small).encode())
     return {"tables": {id: table.to_json() for id, table in made.items()}, "missing": missing}
 
 
 def _page(
-    made: Mapping[str, Table], missing: Mapping[str, str], data: str, seed: int, quick: bool
+    made: Mapping[str, Table], missing: Mapping[str, str], data: str, seed: int, small: bool
 ) -> str:
     titles = dict(table_names())
     done = [id for id in titles if id in made or id in missing]
@@ -107,7 +110,7 @@ def _page(
     sizes = (
         "<p>Small samples and short trainings: they show that every table runs, and are no "
         "measure of a method.</p>"
-        if quick
+        if small
         else ""
     )
     return (

@@ -5,7 +5,6 @@ picture by picture, a segmentation network trained on them, and its scores on pi
 never learned from. A stopped table goes on; rows and tables share what they have in common.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,12 +29,24 @@ from ..segment import (
     write_labels,
 )
 from ..segment.pseudo import LabelRule
-from ..training import OAAConfig, SegmentConfig, oaa_config, segment_config, train_segment
+from ..training import OAAConfig, SegmentConfig, segment_config, train_segment
 from ..training.oaa import Preset, opened
 from ..training.pictures import Pictures, open_pictures
 from ..training.runs import json_bytes
-from .processes import own_device, processes
-from .sources import Source, folder_of, images_of, joined, repeated, trained, trained_table
+from .processes import own_device
+from .sources import (
+    Source,
+    cache_for,
+    config_of,
+    finished,
+    folder_of,
+    images_of,
+    joined,
+    repeated,
+    result,
+    trained,
+    trained_table,
+)
 from .table import Row, Table, numbers
 
 __all__ = ["TABLES", "Plan", "make", "segmented_rows"]
@@ -143,14 +154,11 @@ class _Maker:
         run, integral = trained(source, self.cache, self.root, self.progress)
         facts = [source.maps, source.method, list(source.stages), str(integral and integral.name)]
         folder = folder_of(self.cache, self.label, run=run.name, maps=facts)
-        quality = folder / "quality.json"
-
-        def make() -> None:
-            if not quality.is_file():
-                self._write(source, run, integral, folder)
-
-        processes().once(folder.name, make)
-        return (folder, json.loads(quality.read_text())) if quality.is_file() else None
+        quality = result(
+            folder / "quality.json", lambda: self._write(source, run, integral, folder),
+            self.progress,
+        )  # fmt: skip
+        return None if quality is None else (folder, quality)
 
     def _write(self, source: Source, run: Path, integral: Path | None, folder: Path) -> None:
         # The labels and, last, how good they are; nothing where the network lacks a stage.
@@ -199,41 +207,31 @@ class _Maker:
         preset = "small" if plan.network.startswith("scenes") else "thesis"
         second = segment_config(preset, **changes)
         run = folder_of(self.cache, replace(second, labels=Path(labels).name))
-        processes().once(
-            run.name,
-            lambda: train_segment(second, run, (run / "checkpoint.pt").is_file(), data=self.root,
-                                  progress=self.progress),
-        )  # fmt: skip
+        metrics = finished(train_segment, second, run, self.root, self.progress)
         found: dict[str, object] = {"labels": quality, "test": None}
         if not self.multi:  # the training has measured these
-            measured = json.loads((run / "metrics.json").read_text())
-            found["validation"] = measured.get("validation")
+            found["validation"] = metrics.get("validation")
         wanted = [split for split in ("validation", "test") if split not in found]
         for split in wanted + ["test"] * self.tested:
             stored = run / f"scores-{split}-{'multi' if self.multi else 'single'}.json"
-
-            def measure(split: str = split, stored: Path = stored) -> None:
-                if not stored.is_file():
-                    write_whole(stored, json_bytes(self._evaluated(second, run, split)))
-
-            processes().once(f"{run.name}/{stored.name}", measure)
-            found[split] = json.loads(stored.read_text())
+            make = partial(self._evaluate, second, split, stored)
+            found[split] = result(stored, make, self.progress)
         return found
 
-    def _evaluated(self, config: SegmentConfig, run: Path, split: str) -> dict[str, object] | None:
+    def _evaluate(self, config: SegmentConfig, split: str, stored: Path) -> None:
         pictures = open_pictures(
             config.data, split, size=config.size, count=config.validation_images,
             limit=config.validation_images, seed=config.seed, objects=config.objects,
             root=self.root,
         )  # fmt: skip
         if pictures is None:
-            return None
+            return
         items = [*map(pictures.item, range(len(pictures)))]
         test = "multi" if self.multi else "single"
-        network = load_segmentation(run / "network.safetensors")
+        network = load_segmentation(stored.with_name("network.safetensors"))
         network.to(own_device("cuda" if config.device == "cuda" else "cpu"))
-        return evaluate(network, items, test, workers=self.workers,
-                        progress=self.progress).to_json()  # fmt: skip
+        scores = evaluate(network, items, test, workers=self.workers, progress=self.progress)
+        write_whole(stored, json_bytes(scores.to_json()))
 
 
 def _quality(pictures: Pictures, folder: Path, progress: bool) -> dict[str, float]:
@@ -272,7 +270,7 @@ def make(
     device: str,
     cache: Path,
     progress: bool,
-    preset: Preset = "thesis",
+    preset: Preset | None = None,
     epochs: int | None = None,
     repeats: int = 1,
     rule: LabelRule | None = None,
@@ -282,12 +280,9 @@ def make(
     """Makes one table of segmentation; see :func:`attnviz.tables.make_table`."""
     usual = {"4.2": "resnet101", "4.12": "resnet101"}.get(id, "vgg16")
     network = network or ("scenes" if data == "scenes" else usual)
-    preset = "small" if network == "scenes" else preset
-    changes = {"limit": limit, "epochs": epochs, "weights": str(weights)}
-    config = oaa_config(
-        preset, data=data, network=network, device=device,
-        **{key: value for key, value in changes.items() if value is not None},
-    )  # fmt: skip
+    config = config_of(
+        id, data, network, preset, device=device, limit=limit, epochs=epochs, weights=str(weights)
+    )
     found = segmented_rows(
         id, partial(_plans, id), config, root=root, seed=seed, cache=cache, progress=progress,
         repeats=repeats, rule=rule, segment_epochs=segment_epochs, workers=workers,
@@ -351,8 +346,9 @@ def segmented_rows(
         )
     deep = _DEEPLABV2.get(config.network)
     tested = id == "4.4" or "test" in numbers()[id]["rows"][0]
+    folder = cache_for(cache, config, root)
     maker = _Maker(
-        cache, root, label, changes, id in _MULTI, tested, id == "3.13", workers, progress
+        folder, root, label, changes, id in _MULTI, tested, id == "3.13", workers, progress
     )
     made = repeated(
         replace(config, seed=seed), repeats,

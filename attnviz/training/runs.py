@@ -321,7 +321,7 @@ def open_run(
             "training or version; name another folder"
         )
     before, now = state["config"], asdict(config)
-    changed = [name for name in now if before.get(name) != now[name]]
+    changed = [name for name in now if not _equal(before.get(name), now[name])]
     if changed:
         stated = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
         given = ", ".join(f"{name} {now[name]!r}" for name in changed)
@@ -330,6 +330,16 @@ def open_run(
             "resume it as it was, or name another folder"
         )
     return state
+
+
+def _equal(before: object, now: object) -> bool:
+    # Also a folder under another name of its path, or one that has moved.
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return before == now
+    old, new = Path(before), Path(now)
+    if old.name != new.name or not new.is_dir():
+        return False
+    return old.samefile(new) if old.exists() else True
 
 
 def save_run(out: Path, state: Mapping[str, object], **parts: object) -> None:
