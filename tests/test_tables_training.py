@@ -86,7 +86,7 @@ def test_second_table_waits_for_the_first(tmp_path, capsys):
     with ThreadPoolExecutor() as pool:
         both = [pool.submit(sources.result, path, make, True) for _ in range(2)]
     assert both[0].result() == both[1].result()
-    assert capsys.readouterr().out.count("waiting for another process with") == 1
+    assert capsys.readouterr().err.count("waiting for another process with") == 1
 
 
 def test_finished_trainings_are_taken_as_they_are(made, monkeypatch):

@@ -6,8 +6,10 @@ tables share trainings.
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -128,8 +130,8 @@ def result(path: Path, make: Callable[[], object], progress: bool) -> dict | Non
         lock = path.parent.with_name(f"{path.parent.name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-        say = tqdm.write if progress else str
-        with only_one(lock, "table", lambda text: say(text)):
+        say = partial(tqdm.write, file=sys.stderr) if progress else str
+        with only_one(lock, "table", say):
             if _read(path) is None:
                 path.unlink(missing_ok=True)
                 make()
