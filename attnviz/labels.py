@@ -71,7 +71,7 @@ def superpixels(
     from skimage.segmentation import felzenszwalb, slic
 
     check_whole("count", count, 1)
-    _check_picture(image)
+    check_picture(image)
     if method == "slic":
         found = slic(image, count, compactness=10, start_label=0)
     elif method == "felzenszwalb":
@@ -82,12 +82,17 @@ def superpixels(
     return (np.cumsum(np.bincount(found.ravel()) > 0) - 1)[found]
 
 
-def _check_picture(image: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"expected a picture of shape (h, w, 3), got {image.shape}; "
-            "attnviz.images.to_pixels makes one of any picture"
+def check_picture(image: np.ndarray) -> None:
+    """Raises an error unless an argument is a picture (h, w, 3) of uint8."""
+    remedy = "attnviz.images.to_pixels makes one of any picture"
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            f"expected a picture as an array of uint8, got {type(image).__name__}; {remedy}"
         )
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected a picture of shape (h, w, 3), got {image.shape}; {remedy}")
+    if image.dtype != np.uint8:
+        raise ValueError(f"expected a picture of uint8, got {image.dtype}; {remedy}")
 
 
 def superpixel_mean(
@@ -104,12 +109,21 @@ def superpixel_mean(
     References:
         Thesis Eq. 3.11; as a way to sharper boundaries, its outlook in chapter 6.
     """
+    check_axes("maps", maps, "k h w")
+    if not isinstance(regions, np.ndarray) or regions.dtype.kind not in "iu":
+        kind = getattr(regions, "dtype", type(regions).__name__)
+        raise TypeError(
+            f"expected `regions` as an array of whole numbers, got {kind}; "
+            "attnviz.labels.superpixels makes one"
+        )
     if tuple(maps.shape[1:]) != regions.shape:
         raise ValueError(
             f"expected `regions` of {maps.shape[1]} x {maps.shape[2]}, the maps' size, got "
             f"{' x '.join(map(str, regions.shape))}"
         )
-    flat = regions.ravel()
+    if regions.size and regions.min() < 0:
+        raise ValueError(f"expected `regions` numbered from 0, got {regions.min()}")
+    flat = regions.ravel().astype(np.int64, copy=False)
     pixels = np.bincount(flat)
     values = maps.flatten(1).double().numpy(force=True)  # numpy has no bfloat16
     means = [np.bincount(flat, map)[flat] / pixels[flat] for map in values]
@@ -139,6 +153,7 @@ def superpixel_labels(
         Thesis Eq. 3.11 and section 3.4.4.
     """
     _check_maps(maps)
+    check_number("background", background)
     positive = maps.relu()
     peaks = positive.amax(dim=(1, 2), keepdim=True)
     means = superpixel_mean(positive / torch.where(peaks > 0, peaks, 1), regions)
@@ -150,7 +165,29 @@ def superpixel_labels(
     return ((largest + 1) % len(channels)).astype(np.uint8)
 
 
+def check_axes(name: str, values: object, axes: str) -> None:
+    """Raises an error unless an argument is a tensor of floats with so many axes.
+
+    Args:
+        name: The argument's.
+        values: The argument.
+        axes: Names of the axes, with spaces between them.
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"expected `{name}` as a tensor, got {type(values).__name__}; "
+            "torch.from_numpy makes one of an array"
+        )
+    if values.ndim != len(axes.split()):
+        raise ValueError(
+            f"expected `{name}` of shape ({axes.replace(' ', ', ')}), got {tuple(values.shape)}"
+        )
+    if not values.is_floating_point():
+        raise TypeError(f"expected `{name}` of floats, got {values.dtype}; call .float() on it")
+
+
 def _check_maps(maps: Float[Tensor, "k h w"]) -> None:
+    check_axes("maps", maps, "k h w")
     if len(maps) >= _IGNORE:
         raise ValueError(f"expected at most {_IGNORE - 1} maps, got {len(maps)}")
     _check_finite("maps", maps)
@@ -243,6 +280,8 @@ def saliency_labels(
         Thesis section 4.3; the numbers are those of its released code.
     """
     _check_maps(maps)
+    if saliency is not None:
+        check_axes("saliency", saliency, "h w")
     if saliency is not None and saliency.shape != maps.shape[1:]:
         raise ValueError(
             f"expected a saliency of {maps.shape[1]} x {maps.shape[2]}, the maps' size, got "
@@ -294,7 +333,7 @@ def detect_saliency(image: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "h w"]:
         Saliency Optimization from Robust Background Detection (Zhu et al., 2014),
         https://doi.org/10.1109/CVPR.2014.360.
     """
-    _check_picture(image)
+    check_picture(image)
     from scipy.sparse.csgraph import dijkstra
     from skimage.color import rgb2lab
 
@@ -418,7 +457,7 @@ def dense_crf(
 
     Raises:
         ImportError: pydensecrf2 is not installed.
-        ValueError: The preset is unknown, sizes differ, or a probability is not finite.
+        ValueError: The preset is unknown, sizes differ, or a probability is below 0 or not finite.
 
     References:
         Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials (Kraehenbuehl
@@ -431,10 +470,17 @@ def dense_crf(
             "expected the package pydensecrf2 for a dense CRF, which is not installed; "
             "`pip install pydensecrf2` compiles it, with a C++ compiler, on Python 3.11 or 3.12"
         ) from error
-    if not isinstance(preset, CRF) and preset not in CRF_PRESETS:
+    if not isinstance(preset, CRF) and preset not in tuple(CRF_PRESETS):
         raise ValueError(f"expected `preset` in {tuple(CRF_PRESETS)} or a CRF, got {preset!r}")
     crf = preset if isinstance(preset, CRF) else CRF_PRESETS[preset]
+    check_picture(image)
+    check_axes("probabilities", probabilities, "k h w")
     _check_finite("probabilities", probabilities)
+    if (probabilities < 0).any():
+        raise ValueError(
+            f"expected probabilities of at least 0, got {float(probabilities.min()):.3g}; "
+            "a softmax makes some of scores"
+        )
     labels, height, width = probabilities.shape
     if not labels:
         raise ValueError("expected probabilities of at least one label, got none")

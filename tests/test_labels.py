@@ -55,6 +55,34 @@ def test_superpixels_are_refused_by_an_unknown_method(two_halves, untyped):
         superpixels(two_halves, count=0)
 
 
+MAPS, WHITE = torch.ones(1, 6, 8), np.full((6, 8, 3), 255, np.uint8)
+NOT_TAKEN = {
+    "a picture of floats": (detect_saliency, (WHITE / 255,), "of uint8, got float64; attnviz.im"),
+    "a tensor": (superpixels, (torch.from_numpy(WHITE),), "array of uint8, got Tensor; attnviz"),
+    "a grey picture": (superpixels, (WHITE[..., 0],), r"of shape \(h, w, 3\), got \(6, 8\)"),
+    "floats in a field": (dense_crf, (WHITE / 255, MAPS), "picture of uint8, got float64"),
+    "an array": (dense_crf, (WHITE, MAPS.numpy()), "`probabilities` as a tensor, got ndarray; "),
+    "one label": (dense_crf, (WHITE, MAPS[0]), r"of shape \(k, h, w\), got \(6, 8\)"),
+    "below 0": (dense_crf, (WHITE, -MAPS), "probabilities of at least 0, got -1; a softmax"),
+    "a map": (saliency_labels, (MAPS[0],), r"`maps` of shape \(k, h, w\), got \(6, 8\)"),
+    "maps in an array": (saliency_labels, (MAPS.numpy(),), "`maps` as a tensor, got ndarray; tor"),
+    "whole numbers": (saliency_labels, (MAPS.long(),), "`maps` of floats, got torch.int64; call"),
+    "a saliency": (saliency_labels, (MAPS, WHITE[..., 0]), "`saliency` as a tensor, got ndarray"),
+    "two of them": (saliency_labels, (MAPS, MAPS), r"`saliency` of shape \(h, w\), got \(1, 6, 8"),
+    "regions below 0": (superpixel_labels, (MAPS, -np.ones((6, 8), int)), "from 0, got -1"),
+    "parts": (superpixel_labels, (MAPS, np.ones((6, 8))), "array of whole numbers, got float64;"),
+    "a list": (superpixel_mean, (MAPS, [[0]]), "array of whole numbers, got list; attnviz.labels"),
+    "a text": (superpixel_labels, (MAPS, np.zeros((6, 8), int), "a"), "`background` as a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_TAKEN)
+def test_what_is_no_picture_map_or_region_is_refused_in_one_line(kind, untyped):
+    function, arguments, message = NOT_TAKEN[kind]
+    with pytest.raises((TypeError, ValueError), match=f"^expected .*{message}"):
+        function(*arguments)
+
+
 def slow_superpixel_labels(maps, regions, background):
     # Eq. 3.11 pixel by pixel.
     height, width = regions.shape

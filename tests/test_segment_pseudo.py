@@ -106,6 +106,32 @@ def test_maps_that_do_not_fit_the_picture_are_refused():
         label_picture(image, maps, (3, 254))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": np.zeros((24, 36, 3))}, "picture of uint8, got float64; attnviz.images.to_pix"),
+        ({"image": torch.zeros(24, 36, 3)}, "picture as an array of uint8, got Tensor"),
+        ({"maps": np.ones((2, 1, 3))}, "`maps` as a tensor, got ndarray; torch.from_numpy makes"),
+        ({"maps": torch.ones(2, 3)}, r"`maps` of shape \(k, h, w\), got \(2, 3\)"),
+        ({"saliency": np.ones((24, 36))}, "`saliency` as a tensor, got ndarray"),
+        ({"class_ids": [0.5, 1]}, r"classes as whole numbers, got \[0.5, 1\]"),
+        ({"class_ids": None}, "classes as whole numbers, got None"),
+        ({"class_ids": [3, 3]}, r"each class once, got \[3, 3\]; join the maps of a class"),
+    ],
+)
+def test_what_is_no_picture_map_or_class_is_refused_in_one_line(changes, message, untyped):
+    given = {"image": drawn(1)[0].image, "maps": halves(None), "class_ids": (3, 11), **changes}
+    for config in (FAST, replace(FAST, crf="maps")):
+        with pytest.raises((TypeError, ValueError), match=f"^expected .*{message}"):
+            label_picture(config=config, **given)
+
+
+def test_a_saliency_that_is_no_name_is_refused(untyped):
+    for value in (3, None, Path("saliency")):
+        with pytest.raises(TypeError, match="^expected `saliency` as 'detect' or the name of a"):
+            LabelConfig(saliency=value)
+
+
 @pytest.mark.parametrize("kind", ["slic", "felzenszwalb"])
 def test_superpixels_keep_a_label_within_their_borders(kind):
     image = np.zeros((40, 60, 3), np.uint8)

@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 from urllib.parse import quote
@@ -36,6 +37,8 @@ from ..images import damage_named, opened, to_pixels
 from ..labels import (
     CRF_PRESETS,
     Oversegmentation,
+    check_axes,
+    check_picture,
     dense_crf,
     detect_saliency,
     saliency_labels,
@@ -124,6 +127,10 @@ class LabelConfig:
             raise ValueError(
                 f"expected `superpixels` in {get_args(Oversegmentation)} for their rule, got None"
             )
+        if not isinstance(self.saliency, str):
+            raise TypeError(
+                f"expected `saliency` as 'detect' or the name of a folder, got {self.saliency!r}"
+            )
         check_whole("count", self.count, 1)
         if self.strength is not None:
             check_number("strength", self.strength, 0)
@@ -165,7 +172,7 @@ def label_picture(
     Args:
         image: The picture, RGB.
         maps: The map of each class, of any size; resized bilinearly.
-        class_ids: The picture's classes, from 0.
+        class_ids: The picture's classes, from 0, each once.
         config: What to do; the default rules if None.
         saliency: What the rule ``saliency`` takes in place of the built-in detector's.
 
@@ -173,22 +180,26 @@ def label_picture(
         0 background, ``1 + class_id``, or 255.
 
     Raises:
-        ValueError: The maps are not one for each class or not finite, or a size is another.
+        TypeError: The picture, the maps, the saliency or a class is of another kind.
+        ValueError: The picture is not one of 8 bits, the maps are not one for each class or not
+            finite, or a size is another.
     """
     config = LabelConfig() if config is None else config
+    check_picture(image)
     size = image.shape[:2]
+    class_ids = _class_numbers(class_ids)
+    check_axes("maps", maps, "k h w")
     if len(maps) != len(class_ids):
         raise ValueError(f"expected a map for each of {len(class_ids)} classes, got {len(maps)}")
     if not maps.isfinite().all():
         raise ValueError("expected finite maps, got NaN or infinity; check the network")
-    wrong = [each for each in class_ids if not 0 <= each < IGNORE - 1]
-    if wrong:
-        raise ValueError(f"expected classes from 0 to {IGNORE - 2}, got {wrong[0]}")
-    if saliency is not None and tuple(saliency.shape) != size:
-        raise ValueError(
-            f"expected a saliency of {size[0]} x {size[1]}, the picture's size, "
-            f"got {' x '.join(map(str, saliency.shape))}"
-        )
+    if saliency is not None:
+        check_axes("saliency", saliency, "h w")
+        if tuple(saliency.shape) != size:
+            raise ValueError(
+                f"expected a saliency of {size[0]} x {size[1]}, the picture's size, "
+                f"got {' x '.join(map(str, saliency.shape))}"
+            )
     maps = resize(maps.float(), size) if len(maps) else maps.new_zeros(0, *size)
     refine = None if config.crf is None else partial(dense_crf, image, preset=config.crf)
     regions = None
@@ -210,6 +221,19 @@ def label_picture(
     numbers = np.full(256, IGNORE, np.uint8)
     numbers[: 1 + len(class_ids)] = [0, *(1 + class_id for class_id in class_ids)]
     return numbers[found]
+
+
+def _class_numbers(class_ids: Sequence[int]) -> list[int]:
+    try:
+        numbers = [index(each) for each in class_ids]
+    except TypeError:
+        raise TypeError(f"expected classes as whole numbers, got {class_ids!r}") from None
+    wrong = [each for each in numbers if not 0 <= each < IGNORE - 1]
+    if wrong:
+        raise ValueError(f"expected classes from 0 to {IGNORE - 2}, got {wrong[0]}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"expected each class once, got {numbers}; join the maps of a class")
+    return numbers
 
 
 # ------------------------------------------------------------------------------------ a data set
