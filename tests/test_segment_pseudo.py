@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,53 @@ def test_labels_made_in_another_way_are_refused(tmp_path):
     (tmp_path / "labels.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged; delete the folder"):
         write_labels(drawn(1), halves, tmp_path, FAST, progress=False)
+    (tmp_path / "labels.json").unlink()
+    with pytest.raises(ValueError, match=r"record labels\.json of the labels in .*, found none"):
+        write_labels(drawn(1), halves, tmp_path, FAST, progress=False)
+
+
+class Halves:
+    def __call__(self, item):
+        return halves(item)
+
+
+def test_labels_of_a_function_without_a_name_are_not_kept(tmp_path):
+    for number, make in enumerate([lambda item: halves(item), partial(halves), Halves()]):
+        out = tmp_path / str(number)
+        write_labels(drawn(1), make, out, FAST, progress=False)
+        with pytest.raises(ValueError, match="^expected maps of a function with a name for the"):
+            write_labels(drawn(2), make, out, FAST, progress=False)
+    named = Halves()
+    named.provenance = {"kind": "halves"}
+    for kept in (0, 1):
+        run = write_labels(drawn(1), named, tmp_path / "named", FAST, progress=False)
+        assert run.kept == kept
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+def test_a_label_that_was_damaged_is_made_again(tmp_path, damage):
+    write_labels(drawn(2), halves, tmp_path, FAST, progress=False)
+    path = label_file(tmp_path, "p0")
+    whole = path.read_bytes()
+    middle = whole.index(b"IDAT") + 10
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    path.write_bytes(
+        {"cut": whole[:-9], "empty": b"", "flipped": flipped, "text": b"label"}[damage]
+    )
+    run = write_labels(drawn(2), halves, tmp_path, FAST, progress=False)
+    assert (run.written, run.kept) == (1, 1)
+    assert path.read_bytes() == whole
+    wrong = [replace(drawn(1)[0], image=None)]
+    path.write_bytes(whole[:-9])
+    assert list(write_labels(wrong, halves, tmp_path, FAST, progress=False).problems) == ["p0"]
+    assert not path.exists()  # what no reader could read
+
+
+def test_a_picture_that_comes_twice_counts_once(tmp_path):
+    run = write_labels(drawn(2) + drawn(2), halves, tmp_path, FAST, progress=False)
+    assert (run.written, run.kept) == (2, 0)
+    run = write_labels(drawn(3) + drawn(1), halves, tmp_path, FAST, progress=False)
+    assert (run.written, run.kept) == (1, 2)
 
 
 def test_pictures_with_problems_stop_nothing_and_are_tried_again(tmp_path):
@@ -288,6 +336,10 @@ def test_a_run_that_cannot_work_says_so_before_it_starts(tmp_path, monkeypatch):
         write_labels(drawn(1), halves, tmp_path / "out", config)
     with pytest.raises(ValueError, match="at least one picture in `items`, got none"):
         write_labels([], halves, tmp_path / "out", FAST, progress=False)
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(NotADirectoryError, match="^expected a folder for labels, got the fi"):
+            write_labels(drawn(1), halves, out, FAST, progress=False)
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     with pytest.raises(ImportError, match="pydensecrf2"):
         write_labels(drawn(1), halves, tmp_path / "other", LabelConfig(crf="maps"))

@@ -78,7 +78,9 @@ class Item(Protocol):
 
 MapsOf = Callable[[Item], Float[Tensor, "k h w"]]
 """Gives the maps of a picture, one for each of its ``class_ids`` in that order, of any size. What
-it is, for the record of the run, may stand in an attribute ``provenance``."""
+it is, for the record of the run, may stand in an attribute ``provenance``, a mapping; else it is
+the function's name, so that functions that give other maps need other names. One without a name,
+as a ``lambda``, can't be told from the next: it labels a new folder only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +253,9 @@ def write_labels(
     """Writes the pseudo label of every picture as a PNG in VOC's colors.
 
     Each file is whole or not there, and a picture that has one is not looked at again: a run
-    that was killed goes on where it was. A picture with a problem gets no label and stops nothing;
-    the next call tries it again.
+    that was killed goes on where it was. A file that was damaged since is made again, an
+    ``image_id`` that comes again is one picture. A picture with a problem gets no label and stops
+    nothing; the next call tries it again.
 
     Args:
         items: The pictures.
@@ -267,7 +270,8 @@ def write_labels(
         What was done.
 
     Raises:
-        ValueError: There is no picture, or the labels in `out` were made in another way.
+        ValueError: There is no picture, or the labels in `out` were made in another way, or one
+            that is not known.
         FileExistsError: Another run is at work in `out`.
         ImportError: A package that `config` needs is missing.
     """
@@ -281,9 +285,7 @@ def write_labels(
                 "name another, or 'detect'"
             )
     check_whole("workers", workers, 0)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"expected a folder for labels, got the file {str(out)!r}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "labels")
     with only_one(out, "label run"):
         return _write(items, maps_of, out, config, workers, progress)
 
@@ -299,7 +301,7 @@ def _write(
     _check_record(out, config, maps_of)
     for part in out.glob(".*.part"):  # of a run that was killed
         part.unlink(missing_ok=True)
-    files = {path.name for path in out.glob("*.png") if path.is_file()}
+    files, seen = {path.name for path in out.glob("*.png") if path.is_file()}, set()
     count = len(items) if isinstance(items, Sequence) else None
     counts, problems = {"written": 0, "kept": 0}, {}
     with tqdm(desc="pseudo labels", total=count, unit=" images", disable=not progress) as bar:
@@ -307,11 +309,12 @@ def _write(
         def jobs() -> Iterator[tuple[str, tuple]]:
             for item in items:
                 path = label_file(out, str(item.image_id))
-                if path.name in files:
-                    counts["kept"] += 1
+                again = path.name in seen
+                seen.add(path.name)
+                if again or (path.name in files and is_kept(path)):
+                    counts["kept"] += not again
                     bar.update()
                     continue
-                files.add(path.name)
                 try:
                     maps = torch.as_tensor(maps_of(item)).detach().float()
                 except _PICTURE_ERRORS as error:
@@ -412,19 +415,69 @@ def _read_saliency(folder: Path, image_id: str) -> Float[Tensor, "h w"]:
         ) from None
 
 
+def make_folder(folder: Path, what: str) -> None:
+    """Makes a folder for `what` if it is missing; raises NotADirectoryError if a file is there."""
+    file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        raise NotADirectoryError(
+            f"expected a folder for {what}, got the file {str(file)!r}; name another"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def is_kept(path: Path) -> bool:
+    """Says whether a picture that was written is there and whole; deletes a damaged one."""
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=["png"]) as picture:
+            picture.verify()  # the checksums, to the end
+    except (OSError, SyntaxError, ValueError):
+        path.unlink()
+        return False
+    return True
+
+
 def _check_record(out: Path, config: LabelConfig, maps_of: MapsOf) -> None:
-    # Writes what the labels are made with, or compares it with what was written.
-    facts = getattr(maps_of, "provenance", {"maps": getattr(maps_of, "__name__", "a function")})
-    now = json.loads(json.dumps({**asdict(config), **{f"maps.{k}": v for k, v in facts.items()}}))
-    path = out / _RECORD
+    name = getattr(maps_of, "__name__", "a function")
+    facts = getattr(maps_of, "provenance", {"maps": name})
+    made = any(out.glob("*.png"))
+    check_record(
+        out / _RECORD, asdict(config) | {f"maps.{k}": v for k, v in facts.items()}, "labels", made
+    )
+    if made and not hasattr(maps_of, "provenance") and name in ("a function", "<lambda>"):
+        raise ValueError(
+            f"expected maps of a function with a name for the labels in {str(out)!r}, got {name}, "
+            "which can't be told from another; name it with `def`, and another folder"
+        )
+
+
+def check_record(path: Path, facts: Mapping[str, object], what: str, made: bool) -> None:
+    """Writes what pictures are made with, or compares it with what was written.
+
+    Args:
+        path: The record's file.
+        facts: What they are made with.
+        what: What they are, for messages.
+        made: Whether some are there.
+
+    Raises:
+        ValueError: They were made with something else, or it is not known with what.
+    """
+    now = json.loads(json.dumps(facts))
     if not path.exists():
+        if made:
+            raise ValueError(
+                f"expected the record {path.name} of the {what} in {str(path.parent)!r}, found "
+                "none; name another folder"
+            )
         write_whole(path, json.dumps(now, indent=2).encode() + b"\n")
         return
     try:
         before = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"expected the record of a label run, got {str(path)!r}, which is damaged; delete "
+            f"expected the record of {what}, got {str(path)!r}, which is damaged; delete "
             "the folder and start again"
         ) from error
     changed = sorted(
@@ -434,7 +487,8 @@ def _check_record(out: Path, config: LabelConfig, maps_of: MapsOf) -> None:
         stated = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
         given = ", ".join(f"{name} {now.get(name)!r}" for name in changed)
         raise ValueError(
-            f"expected labels as in {str(out)!r} ({stated}), got {given}; name another folder"
+            f"expected {what} as in {str(path.parent)!r} ({stated}), got {given}; "
+            "name another folder"
         )
 
 
