@@ -312,15 +312,70 @@ def test_submission_has_the_servers_layout_and_goes_on(colored, tmp_path):
     options = {"test": "single", "crf": None, "window": 24, "progress": False}
     write_submission(colored, items[:2], tmp_path, **options)
     folder = tmp_path / "results" / "VOC2012" / "Segmentation" / "comp6_test_cls"
-    kept = folder / "2008_000000.png"
-    kept.write_bytes(b"kept")
+    kept, cut = folder / "2008_000000.png", folder / "2008_000001.png"
+    Image.new("P", (5, 4)).save(kept)  # no mask of the network's
+    before, whole = kept.read_bytes(), cut.read_bytes()
+    cut.write_bytes(whole[:-9])
     assert write_submission(colored, items, tmp_path, **options) == tmp_path / "results"
     assert sorted(path.name for path in folder.iterdir()) == [
         f"2008_{i:06d}.png" for i in range(4)
     ]
-    assert kept.read_bytes() == b"kept"
+    assert (kept.read_bytes(), cut.read_bytes()) == (before, whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"results", "submission.json"}
+    assert not [path for path in (tmp_path / "results").rglob("*.json")]
     with Image.open(folder / "2008_000003.png") as picture:
         assert picture.mode == "P"
         assert picture.getpalette()[3:6] == [128, 0, 0]
     labels = read_label_picture(folder / "2008_000003.png")
     assert (labels == _half().mask).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test": "multi"}, r"\(test 'single'\), got test 'multi'; name another folder"),
+        ({"crf": None}, r"\(crf 'oaa_caffe'\), got crf None; name another folder"),
+        ({"window": 32}, r"\(window 24\), got window 32; name another folder"),
+        ({"weight": 2}, r"\(sha256 '\w+'\), got sha256 '\w+'; name another folder"),
+    ],
+)
+def test_a_submission_made_in_another_way_is_refused(colored, tmp_path, changes, message):
+    options = {"test": "single", "crf": "oaa_caffe", "window": 24, "progress": False}
+    write_submission(colored, [_half()], tmp_path, **options)
+    path = next(tmp_path.rglob("*.png"))
+    before = path.stat().st_mtime_ns
+    colored.head.weight.data *= changes.pop("weight", 1)
+    with pytest.raises(ValueError, match=f"^expected masks as in .*{message}"):
+        write_submission(colored, [_half(), _half(image_id="b")], tmp_path, **options | changes)
+    assert (path.stat().st_mtime_ns, len(list(tmp_path.rglob("*.png")))) == (before, 1)
+
+
+def test_a_submission_without_its_record_or_in_a_file_is_refused(colored, tmp_path):
+    options = {"test": "single", "crf": None, "window": 24, "progress": False}
+    write_submission(colored, [_half()], tmp_path / "out", **options)
+    (tmp_path / "out" / "submission.json").unlink()
+    with pytest.raises(ValueError, match=r"^expected the record submission\.json of the masks"):
+        write_submission(colored, [_half()], tmp_path / "out", **options)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="^expected a folder for masks, got the file"):
+        write_submission(colored, [_half()], tmp_path / "file", **options)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"crf": "x"}, r"expected `crf` in \(None, 'oaa_caffe', .*\), got 'x'"),
+        ({"test": "both"}, r"expected `test` in \('single', 'multi'\), got 'both'"),
+    ],
+)
+def test_settings_are_checked_before_any_picture(colored, tmp_path, odd, message, untyped):
+    class Unread(Picture):
+        def read(self):
+            raise AssertionError("it was read")
+
+    items = [Unread("a", _half().pixels, _half().mask)]
+    with pytest.raises(ValueError, match=message):
+        evaluate(colored, items, progress=False, **odd)
+    with pytest.raises(ValueError, match=message):
+        write_submission(colored, items, tmp_path / "out", progress=False, **odd)
+    assert not (tmp_path / "out").exists()

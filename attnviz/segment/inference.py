@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,9 +28,9 @@ from ..data.masks import IGNORE, voc_colors
 from ..deeplab import SegmentationNetwork
 from ..files import write_whole
 from ..images import to_pixels
-from ..labels import dense_crf
+from ..labels import CRF_PRESETS, dense_crf
 from ..metrics import class_ious, confusion_matrix, mean_iou
-from .pseudo import _begin, label_file
+from .pseudo import _begin, check_record, is_kept, label_file, make_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,13 +90,11 @@ def segment(
     References:
         Thesis section 4.3.2; windows of 401 pixels every 267 as in DeepLab's public test code.
     """
-    if test not in get_args(Test):
-        raise ValueError(f"expected `test` in {get_args(Test)}, got {test!r}")
-    for name, value in (("batch_size", batch_size), ("window", window)):
-        if value is not None:
-            check_whole(name, value, 1)
-    side = network.fitting(network.window if window is None else window)
-    if batch_size is None:
+    _check_test(test)
+    side = _side(network, window)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
+    else:
         cuda = next(network.parameters()).device.type == "cuda"
         batch_size = 8 if cuda else max(1, 100_000 // side**2)
     waiting: deque[_Picture] = deque()
@@ -112,6 +111,13 @@ def segment(
         _look(network, [cuts.popleft() for _ in range(min(batch_size, len(cuts)))], side)
         while waiting and waiting[0].done:
             yield waiting.popleft().probabilities()
+
+
+def _side(network: SegmentationNetwork, window: int | None) -> int:
+    # Of the windows, in pixels.
+    if window is not None:
+        check_whole("window", window, 1)
+    return network.fitting(network.window if window is None else window)
 
 
 class _Picture:
@@ -291,9 +297,10 @@ def evaluate(
         progress: Whether to show a bar on stderr.
 
     Raises:
-        ValueError: No picture counts.
+        ValueError: No picture counts, or `test` or `crf` is none that can be chosen.
         ImportError: pydensecrf2, which `crf` needs, is not installed.
     """
+    _check(test, crf, workers)
     problems: list[str] = []
     count = 1 + network.class_count
     image_ids, found = [], {"plain": [], **({} if crf is None else {"crf": []})}
@@ -316,6 +323,21 @@ def evaluate(
         {kind: np.stack(matrices) for kind, matrices in found.items()},
         test, crf, network.provenance.get("init", network.provenance["weights"]), tuple(problems),
     )  # fmt: skip
+
+
+def _check(test: Test, crf: str | None, workers: int) -> None:
+    # Before any picture goes through the network.
+    _check_test(test)
+    if crf not in (None, *CRF_PRESETS):
+        raise ValueError(f"expected `crf` in {(None, *CRF_PRESETS)}, got {crf!r}")
+    if crf is not None:  # is the package there?
+        dense_crf(np.zeros((1, 1, 3), np.uint8), torch.ones(2, 1, 1), crf)
+    check_whole("workers", workers, 0)
+
+
+def _check_test(test: Test) -> None:
+    if test not in get_args(Test):
+        raise ValueError(f"expected `test` in {get_args(Test)}, got {test!r}")
 
 
 def _with_masks(
@@ -377,12 +399,14 @@ def write_submission(
     """Writes masks of pictures as the VOC server wants them, to be packed and sent.
 
     They are palette pictures ``results/VOC2012/Segmentation/comp6_test_cls/ID.png`` below `out`.
-    Each is written whole, and one that is there is not made again, so a killed call goes on.
+    Each is written whole, and one that is there and whole is not made again, so a killed call
+    goes on. What they are made with stands beside ``results``, in ``submission.json``, which is
+    not sent; with another network or other settings `out` is refused.
 
     Args:
         network: The network.
         items: Pictures; their masks are not looked at.
-        out: A folder for this network and these settings alone.
+        out: A folder for this network and these settings alone; made if it is missing.
         test: See :func:`segment`.
         crf: See :func:`evaluate`.
         batch_size: See :func:`segment`.
@@ -394,16 +418,22 @@ def write_submission(
         The folder to pack: ``results`` in `out`.
 
     Raises:
-        ValueError: A picture cannot be read; the server wants all.
+        ValueError: A picture cannot be read, and the server wants all; or the masks in `out` were
+            made in another way.
+        NotADirectoryError: `out` is a file.
         ImportError: pydensecrf2, which `crf` needs, is not installed.
     """
-    results = Path(out) / "results"
+    _check(test, crf, workers)
+    side, results = _side(network, window), Path(out) / "results"
     folder = results / "VOC2012" / "Segmentation" / "comp6_test_cls"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "masks")
     paths = [(item, label_file(folder, item.image_id)) for item in items]
     if not paths:
         raise ValueError("expected at least one picture in `items`, got none")
-    missing = [(item, path) for item, path in paths if not path.is_file()]
+    facts = {"test": test, "crf": crf, "window": side, "network": network.name}
+    facts["sha256"] = _digest(network)
+    check_record(Path(out) / "submission.json", facts, "masks", any(folder.glob("*.png")))
+    missing = [(item, path) for item, path in paths if not is_kept(path)]
     pictures = ((path, _read(item)) for item, path in missing)
     with tqdm(
         desc="masks", total=len(paths), initial=len(paths) - len(missing), unit=" images",
@@ -415,6 +445,14 @@ def write_submission(
             _write_labels(path, plain if refined is None else refined)
             bar.update()
     return results
+
+
+def _digest(network: SegmentationNetwork) -> str:
+    digest = sha256()
+    for name, values in network.state_dict().items():
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read(item: Item) -> Pixels:
