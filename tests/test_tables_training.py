@@ -11,6 +11,7 @@ from PIL import Image
 
 from attnviz.cli import main
 from attnviz.data.masks import MaskedImage
+from attnviz.data.scenes import CLASS_NAMES
 from attnviz.metrics import split_half
 from attnviz.tables import accumulation, make_table, sources, table_options
 from attnviz.tables.table import numbers
@@ -35,6 +36,19 @@ def test_table_has_the_rows_of_the_thesis_with_an_interval(made):
         assert 0 <= cell["low"] <= cell["ours"] <= cell["high"] <= 100
     assert "generated" in table.notes[0]
     assert "4.11" in table._repr_html_()
+
+
+def test_recall_of_each_class_has_the_columns_of_the_thesis_and_those_of_the_data(made):
+    _, cache = made
+    table = make_table("4.13", limit=24, epochs=2, cache=cache, progress=False)
+    json.dumps(table.to_json(), allow_nan=False)
+    assert [row["method"] for row in table.rows][:3] == ["CAM", "OAA", "OAA++"]
+    for row in table.rows[:3]:
+        classes = [row[name]["ours"] for name in CLASS_NAMES]
+        known = [value for value in classes if value is not None]
+        assert row["class_mean_computed"]["ours"] == pytest.approx(np.mean(known), abs=0.01)
+        assert row["aeroplane"]["paper"] > 0
+        assert row["aeroplane"]["ours"] is None
 
 
 def _pictures(folder, count=4):

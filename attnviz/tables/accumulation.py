@@ -321,7 +321,8 @@ def _row(
         elif not isinstance(value, float) or column in ("threshold", "delta", "beta"):
             row[column] = value
             continue
-        row[column] = joined(value, measured and [values(each) for each in measured])
+        known = measured if values is not None else None  # another data set's class
+        row[column] = joined(value, known and [values(each) for each in known])
     if "class_mean_computed" in paper:
         for number, name in enumerate(class_names):
             if name not in paper:
