@@ -338,6 +338,8 @@ def segmented_rows(
         changes["validation_images"] = min(300, config.limit)
     if segment_epochs is not None:
         changes["epochs"] = segment_epochs
+    if Path(config.weights).is_file():
+        changes["weights"] = config.weights
     name = _DEFAULT.get(config.network, config.network)
     if name not in SEGMENTATION_NETWORKS:
         raise ValueError(
