@@ -13,6 +13,10 @@ maximum pooling, reshaping and concatenation hand each value back to where it wa
 Where a batch normalization is all that follows a weighted layer, the two are one linear map: a
 negative factor swaps excitatory and inhibitory weights; the factor's size cancels.
 
+Times the score, where inputs are not negative, the result is what layer-wise relevance
+propagation with its :math:`\alpha_1 \beta_0` rule and deep Taylor decomposition with its
+:math:`z^+` rule give.
+
 Inputs are assumed not to be negative; where a network leaves negative values (linear
 bottlenecks, sums before their ReLU) they count as zero. Probability is lost only where no input
 is positive along a positive weight: what a bias alone excites has no winner below.

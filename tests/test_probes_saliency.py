@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn.functional import relu
 
 from attnviz.probes.saliency import (
+    deconvnet,
+    deeplift,
     gradient,
     guided_backprop,
     integrated_gradients,
@@ -105,7 +107,7 @@ class _Functional(nn.Module):
 
 
 def test_guided_backprop_equals_captum_and_takes_functions_and_reused_modules():
-    from captum.attr import GuidedBackprop
+    from captum.attr import Deconvolution, GuidedBackprop
 
     with torch.random.fork_rng():
         plain, odd = _Functional(False).double(), _Functional(True).double()
@@ -113,9 +115,12 @@ def test_guided_backprop_equals_captum_and_takes_functions_and_reused_modules():
     leaf = images.clone().requires_grad_()
     with pytest.warns(UserWarning, match="Setting backward hooks on ReLU"):
         expected = GuidedBackprop(plain).attribute(leaf, target=1)
+    with pytest.warns(UserWarning, match="Setting backward hooks on ReLU"):
+        open_ = Deconvolution(plain).attribute(leaf, target=1)
     for model in (plain, odd):
-        found = guided_backprop(staged(model, ["a"], image_size=8), images, 1)
-        torch.testing.assert_close(found, expected)
+        net = staged(model, ["a"], image_size=8)
+        torch.testing.assert_close(guided_backprop(net, images, 1), expected)
+        torch.testing.assert_close(deconvnet(net, images, 1), open_)
     assert not torch.allclose(expected, gradient(staged(plain, ["a"], image_size=8), images, 1))
 
 
@@ -148,3 +153,75 @@ def test_bad_arguments_say_what_is_expected(net, images, untyped):
         integrated_gradients(net, images, steps=0)
     with pytest.raises(ValueError, match=r"`baseline` in \('mean', 'black'\), got 'white'"):
         integrated_gradients(net, images, baseline="white")
+
+
+def test_deeplift_equals_captum_where_there_is_no_max_pooling(images):
+    from captum.attr import DeepLift
+
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        plain, odd = _Functional(False).double(), _Functional(True).double()
+    leaf = images.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="Setting forward, backward hooks"):
+        expected = DeepLift(plain).attribute(leaf, torch.zeros_like(images), target=1)
+    for model in (plain, odd):
+        found = deeplift(staged(model, ["a"], image_size=16), images, 1)
+        torch.testing.assert_close(found, expected.detach())
+    slope = gradient(staged(plain, ["a"], image_size=16), images, 1)
+    assert not torch.allclose(expected, slope * images)
+
+
+class _Activations(nn.Module):
+    # Batch normalization, overlapping poolings, many activation functions, a shortcut.
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.norm.running_mean += 0.3
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.second = nn.Conv2d(6, 6, 3, padding=1)
+        self.silu, self.six = nn.SiLU(inplace=True), nn.ReLU6()
+        self.gelu, self.last = nn.GELU(), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.pool(self.six(8 * self.norm(self.first(x))))
+        x = x + self.silu(self.second(x))
+        x = nn.functional.max_pool2d(self.gelu(x).tanh(), 2)
+        return self.last(nn.functional.hardswish(x).sigmoid().mean((2, 3)))
+
+
+@pytest.mark.parametrize("baseline", ["mean", "black"])
+def test_deeplift_sums_to_the_difference_of_scores(net, images, baseline):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        mixed = _Activations().double().eval()
+    for each in (net, staged(mixed, ["first", "second"], image_size=16)):
+        found = deeplift(each, images, [0, 1, 2], baseline=baseline)
+        mean, std = (
+            torch.tensor(p, dtype=torch.float64)[:, None, None] for p in (each.mean, each.std)
+        )
+        start = ((0 - mean) / std if baseline == "black" else 0 * mean).expand(1, 3, 16, 16)
+        difference = (each(images) - each(start))[range(3), range(3)]
+        torch.testing.assert_close(found.sum((1, 2, 3)), difference.detach())
+        alone = deeplift(each, images[1:2], 1, baseline=baseline)
+        torch.testing.assert_close(found[1:2], alone)
+
+
+def test_deeplift_of_a_pooling_goes_to_the_larger_of_both_maxima():
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.same = nn.Conv2d(3, 3, 1, bias=False)
+            self.same.weight.data = torch.eye(3)[:, :, None, None]
+
+        def forward(self, x):
+            return nn.functional.max_pool2d(self.same(x), 2)[:, :2, 0, 0]
+
+    image = torch.tensor([[-3.0, -2.5], [-4.0, -1.5]]).expand(1, 3, 2, 2).contiguous()
+    net = staged(Pool(), ["same"], image_size=2, mean=(1.0, 2.0, 0.0), std=(1.0, 1.0, 1.0))
+    # first channel: both maxima -1.5 and -1; the baseline's, in its first place, is larger, and
+    # all of -0.5 goes there. Second channel: -1.5 is the larger, 0.5 goes to its place.
+    found = deeplift(net, image, 0, baseline="black")[0, 0]
+    torch.testing.assert_close(found, torch.tensor([[-0.5, 0.0], [0.0, 0.0]]))
+    found = deeplift(net, image, 1, baseline="black")[0, 1]
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [0.0, 0.5]]))

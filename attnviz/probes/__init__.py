@@ -6,10 +6,11 @@ Named here are those of pictures. Those of channels and decisions are modules of
 :mod:`~attnviz.probes.context` (on which parts and contexts),
 :mod:`~attnviz.probes.surrogate` and :mod:`~attnviz.probes.importance` (what is left without some
 channels), :mod:`~attnviz.probes.sanity` and :mod:`~attnviz.probes.saliency` (random weights and
-labels, other methods), :mod:`~attnviz.probes.diagnosis` and :mod:`~attnviz.probes.adversarial`
-(failures and attacks), :mod:`~attnviz.probes.concepts` and :mod:`~attnviz.probes.groups`
-(directions of concepts, channels that overlap), :mod:`~attnviz.probes.preferences` (what shallow
-stages look for), :mod:`~attnviz.probes.gates` (other layers than convolution and ReLU),
+labels, attribution to pixels), :mod:`~attnviz.probes.masks` (what hiding parts of a picture
+tells), :mod:`~attnviz.probes.diagnosis` and :mod:`~attnviz.probes.adversarial` (failures and
+attacks), :mod:`~attnviz.probes.concepts` and :mod:`~attnviz.probes.groups` (directions of
+concepts, channels that overlap), :mod:`~attnviz.probes.preferences` (what shallow stages look
+for), :mod:`~attnviz.probes.gates` (other layers than convolution and ReLU),
 :mod:`~attnviz.probes.presence` (pictures without a main object).
 """
 
