@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, threshold
 
 from .checks import check_size
 
@@ -52,7 +52,7 @@ def cam(
         Learning Deep Features for Discriminative Localization (Zhou et al., 2016),
         https://arxiv.org/abs/1512.04150; thesis Eqs. 5.6, 5.7.
     """
-    return (gradient.sum(dim=(2, 3), keepdim=True) * activation).sum(dim=1)
+    return _weighted_sum(gradient.sum(dim=(2, 3)), activation)
 
 
 def gradcam(
@@ -67,7 +67,7 @@ def gradcam(
         Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization
         (Selvaraju et al., 2017), https://arxiv.org/abs/1610.02391; thesis Eqs. 3.2, 3.3.
     """
-    return (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1).relu()
+    return _weighted_sum(gradient.mean(dim=(2, 3)), activation).relu()
 
 
 def gradcam_pp(
@@ -96,12 +96,12 @@ def gradcam_pp(
         (Chattopadhay et al., 2018), https://arxiv.org/abs/1710.11063; thesis Eqs. 3.4, 3.5.
     """
     positive = gradient.relu()
-    total = activation.sum(dim=(2, 3), keepdim=True)
-    weight = (positive / (2 + positive * total)).sum(dim=(2, 3), keepdim=True)  # (3.4), (3.5)
+    below = (positive * activation.sum(dim=(2, 3), keepdim=True)).add_(2)
+    weight = (positive / below).sum(dim=(2, 3))  # (3.4), (3.5)
     if alpha_norm:
-        alphas = ((positive > 0) / (2 + positive * total)).sum(dim=(2, 3), keepdim=True)
+        alphas = ((positive > 0) / below).sum(dim=(2, 3))
         weight = weight / alphas.clamp_min(torch.finfo(weight.dtype).tiny)
-    return (weight * activation).sum(dim=1).relu()
+    return _weighted_sum(weight, activation).relu()
 
 
 def gradcam_pp_released(
@@ -126,7 +126,8 @@ def layercam(
         (Jiang et al., 2021), https://ieeexplore.ieee.org/document/9462463;
         thesis Eqs. 3.6-3.8.
     """
-    return (gradient.relu() * activation).sum(dim=1).relu()
+    positive = threshold(gradient, 0.0, 0.0)  # ReLU, whose result may be overwritten
+    return positive.mul_(activation).sum(dim=1).relu()
 
 
 def layercam_normal(
@@ -156,6 +157,10 @@ def normgrad(
         https://arxiv.org/abs/2004.02866.
     """
     return activation.square().sum(dim=1).sqrt() * gradient.square().sum(dim=1).sqrt()
+
+
+def _weighted_sum(weight: Float[Tensor, "b c"], activation: Float[Tensor, "b c h w"]) -> Tensor:
+    return torch.einsum("bc,bchw->bhw", weight, activation)  # without a product of full size
 
 
 METHODS = {

@@ -279,3 +279,16 @@ def test_zero_map_gives_zero_fusion_and_no_box():
     fused = cam.fuse([torch.zeros(1, 4, 4)], size=(8, 8))
     assert fused.sum() == 0
     assert map_to_box(fused[0]) is None
+
+
+@pytest.mark.parametrize("method", cam.METHODS.values(), ids=cam.METHODS)
+def test_maps_can_be_differentiated_and_leave_their_arguments(method, generator):
+    activation, gradient = (
+        torch.randn(2, 5, 4, 3, generator=generator, dtype=torch.float64) for _ in "ag"
+    )
+    activation.abs_()
+    kept = activation.clone(), gradient.clone()
+    method(activation, gradient)
+    assert torch.equal(activation, kept[0])
+    assert torch.equal(gradient, kept[1])
+    assert torch.autograd.gradcheck(method, [each.requires_grad_() for each in kept])
