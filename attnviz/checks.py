@@ -3,7 +3,7 @@
 import math
 from numbers import Integral, Real
 
-__all__ = ["check_number", "check_size", "check_whole"]
+__all__ = ["check_number", "check_seed", "check_size", "check_whole"]
 
 
 def check_whole(name: str, value: object, least: int) -> None:
@@ -32,3 +32,10 @@ def check_size(name: str, value: object) -> None:
         raise ValueError(
             f"expected `{name}` as (height, width), whole numbers of at least 1, got {value!r}"
         )
+
+
+def check_seed(seed: object) -> None:
+    """Raises TypeError unless a seed is a whole number, ValueError if torch can't take it."""
+    check_whole("seed", seed, 0)
+    if seed >= 2**63:
+        raise ValueError(f"expected `seed` below 2**63, got {seed}")

@@ -17,7 +17,7 @@ from . import __version__
 from .cam import METHODS
 from .excitation import descend, record
 from .perturb import channel_scores, informative_channels
-from .stages import Pieces, Staged
+from .stages import Pieces, Staged, check_network
 
 __all__ = [
     "GradientAt",
@@ -124,6 +124,7 @@ def stage_maps(
         The maps, detached.
 
     Raises:
+        TypeError: The network is not cut into stages, or an argument is of another type.
         ValueError: An argument is out of range, or scores are not finite.
 
     Example:
@@ -134,6 +135,7 @@ def stage_maps(
         >>> [tuple(stage.shape) for stage in maps["layercam"]][:2]
         [(2, 32, 32), (2, 16, 16)]
     """
+    check_network(net)
     methods = _check_methods(methods)
     if gradient_at not in get_args(GradientAt):
         raise ValueError(f"expected `gradient_at` in {get_args(GradientAt)}, got {gradient_at!r}")
@@ -225,12 +227,14 @@ def scorecam(
         The maps, under ``"scorecam"``.
 
     Raises:
+        TypeError: The network is not cut into stages, or an argument is of another type.
         ValueError: An argument is out of range, or scores are not finite.
 
     References:
         Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks
         (Wang et al., 2020), https://arxiv.org/abs/1910.01279.
     """
+    check_network(net)
     if form not in get_args(ScoreForm):
         raise ValueError(f"expected `form` in {get_args(ScoreForm)}, got {form!r}")
     for name, value in (("batch_size", batch_size), ("channels", channels)):
@@ -298,6 +302,7 @@ def excitation_backprop(
         The maps, under ``"cmwp"``, or ``"mwp"`` without contrast.
 
     Raises:
+        TypeError: The network is not cut into stages, or an argument is of another type.
         ValueError: An argument is out of range, scores are not finite, or the network has a
             layer without a rule.
 
@@ -305,6 +310,7 @@ def excitation_backprop(
         Top-down Neural Attention by Excitation Backprop (Zhang et al., 2016),
         https://arxiv.org/abs/1608.00507.
     """
+    check_network(net)
     if callable(class_ids):
         raise ValueError(
             "expected `class_ids` as classes, got a function; excitation backprop starts at the "

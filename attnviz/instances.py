@@ -17,7 +17,7 @@ from .crops import class_score
 from .excitation import descend_from, record
 from .explain import _check_class_ids, _scores
 from .localize import peaks
-from .stages import Staged
+from .stages import Staged, check_network
 
 __all__ = ["Instance", "find_instances"]
 
@@ -78,6 +78,7 @@ def find_instances(
         https://arxiv.org/abs/1804.00880; thesis chapter 6. Trained as they are elsewhere,
         networks lack that paper's peak stimulation.
     """
+    check_network(net)
     check_number("least", least, 0, 1)
     check_whole("stage", stage, 1)
     if not isinstance(image, Tensor):

@@ -325,9 +325,14 @@ def load_network(
         The network, with ``class_names``, ``preprocess`` and the provenance of its weights.
 
     Raises:
+        TypeError: The name is no text, or the weights are neither text nor a path.
         ValueError: The name or a hash is wrong, or the file does not fit the network.
         FileNotFoundError: No weights were found; names every place searched.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"expected the name of a network, got {type(name).__name__}")
+    if not isinstance(weights, str | os.PathLike):
+        raise TypeError(f"expected `weights` 'auto', 'random' or a file, got {weights!r}")
     bundled = bundled_folder() / "networks" / f"{name}.safetensors"
     if _metadata(weights).get("kind") == "oaa":
         net = _load_oaa(name, weights)

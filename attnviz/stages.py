@@ -27,7 +27,7 @@ _IMAGENET = {  # mean and standard deviation by number of channels
 }
 _BILINEAR = Image.Resampling.BILINEAR
 
-__all__ = ["Pieces", "Staged", "staged"]
+__all__ = ["Pieces", "Staged", "check_network", "staged"]
 
 
 @dataclass(frozen=True)
@@ -345,6 +345,15 @@ def staged(
     net.multilabel = multilabel
     net.provenance = dict(provenance or {"weights": "the model's own"})
     return net
+
+
+def check_network(net: object) -> None:
+    """Raises TypeError unless a network is cut into its stages."""
+    if not isinstance(net, Staged):
+        raise TypeError(
+            "expected a network from attnviz.staged or attnviz.load_network, got "
+            f"{type(net).__name__}; attnviz.staged(model) makes one"
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

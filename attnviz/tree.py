@@ -22,7 +22,7 @@ from torch import Tensor
 from .crops import Forward, Neuron, Window, class_score, decompose, field_of_view, run
 from .explain import provenance
 from .gap import suppress
-from .stages import Staged
+from .stages import Staged, check_network
 
 if TYPE_CHECKING:
     from networkx import DiGraph
@@ -454,11 +454,7 @@ def evidence(
     References:
         Thesis sections 5.2.2 and 5.2.3, Eqs. 5.2-5.5.
     """
-    if not isinstance(net, Staged):
-        raise TypeError(
-            "expected a network from attnviz.staged or attnviz.load_network, got "
-            f"{type(net).__name__}; attnviz.staged(model) makes one"
-        )
+    check_network(net)
     if isinstance(image, Forward) and image.net is not net:
         raise ValueError(
             f"expected a forward pass of {net.name}, got one of {image.net.name}; give the image"

@@ -13,7 +13,9 @@ from tiny import Tiny
 import attnviz
 from attnviz import cam, colors, gap, labels, localize, metrics, probes
 from attnviz.explain import excitation_backprop, scorecam, stage_maps
+from attnviz.instances import find_instances
 from attnviz.memory import AttentionMemory, place
+from attnviz.probes import masks, saliency
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OTHERS = (torch.uint8, torch.int64, torch.bool)
@@ -466,3 +468,57 @@ def test_probes_of_any_picture_are_finite_or_refused(net, images, maps, threshol
     drops = _answer(probes.average_drop, net, images, None, maps)
     assert drops is None or drops["drop"].between(0, 1).all()
     _answer(probes.gradient_variance, net, images, None)
+
+
+WAYS = {  # to attribute a decision to pixels, with as few passes as may be, and odd arguments
+    masks.sliding_occlusion: ({}, ("size", "stride", "batch_size")),
+    masks.rise: ({"masks": 3}, ("masks", "grid", "keep", "batch_size", "seed")),
+    masks.lime: (
+        {"samples": 3, "regions": 2},
+        ("regions", "samples", "width", "ridge", "batch_size", "seed"),
+    ),
+    masks.meaningful_perturbation: (
+        {"steps": 2, "grid": 2}, ("grid", "steps", "area", "smoothness", "seed")
+    ),
+    saliency.smoothgrad: ({"samples": 2}, ("samples", "noise")),
+    saliency.integrated_gradients: ({"steps": 2}, ("steps",)),
+}  # fmt: skip
+
+
+@few
+@given(images=PICTURES, class_ids=CLASSES)
+def test_attribution_to_pixels_is_finite_or_refused(net, images, class_ids):
+    plain = (saliency.gradient, saliency.deeplift, saliency.guided_backprop, saliency.deconvnet)
+    options = {way: {} for way in plain} | {way: named for way, (named, _) in WAYS.items()}
+    for way, named in options.items():
+        found = _answer(way, net, images, class_ids, **named)
+        if found is not None:
+            assert found.shape in (images.shape, (len(images), *images.shape[2:]))
+            assert found.isfinite().all()
+    found = _answer(masks.prediction_difference, net, images, images.flip(2), class_ids)
+    assert found is None or found.isfinite().all()
+
+
+@few
+@given(number=ODD_NUMBERS.filter(lambda number: number != 10**30))
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_attribution_with_odd_numbers_is_finite_or_refused(net, way, number):
+    images = torch.linspace(-2, 2, 3 * 64).reshape(1, 3, 8, 8)
+    options, names = WAYS[way]
+    for name in names:
+        found = _answer(way, net, images, None, **options | {name: number})
+        assert found is None or found.isfinite().all()
+
+
+def test_a_network_that_is_not_cut_is_named(net):
+    images, maps = torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8)
+    calls = {
+        stage_maps: (images,), scorecam: (images,), excitation_backprop: (images,),
+        attnviz.evidence: (images, 1), find_instances: (images,),
+        probes.deletion_curves: (images, 1, maps), probes.gradient_variance: (images,),
+        probes.occlude: (images, maps), saliency.deconvnet: (images,),
+    } | dict.fromkeys(WAYS, (images,))  # fmt: skip
+    for call, arguments in calls.items():
+        message = "expected a network from attnviz.staged .* got Tiny; attnviz.staged"
+        with pytest.raises(TypeError, match=message):
+            call(net.model, *arguments)

@@ -173,3 +173,11 @@ def test_genuine_networks_see_the_cat(name, cat, real_data):
     net = load_network(name, data=real_data)
     picture = networks.bundled_folder() / "pictures" / "cat.jpg"
     assert int(net(net.preprocess(picture)).argmax()) == cat
+
+
+@pytest.mark.parametrize("weights", [None, 3, [1]])
+def test_weights_are_a_word_or_a_file(untyped, weights):
+    with pytest.raises(TypeError, match="expected `weights` 'auto', 'random' or a file, got"):
+        load_network("scenes_fc", weights)
+    with pytest.raises(TypeError, match="expected the name of a network, got"):
+        load_network(weights)

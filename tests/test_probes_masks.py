@@ -245,13 +245,15 @@ def test_a_network_of_several_labels_has_a_sigmoid_for_each(tiny, images):
     [
         (sliding_occlusion, {"size": 13}, "`size` of at most the short side, 12, got 13"),
         (sliding_occlusion, {"stride": 0}, "`stride` of at least 1"),
+        (sliding_occlusion, {"size": 4, "stride": 5}, "`stride` of at most `size`, 4, .* got 5"),
         (sliding_occlusion, {"fill": "white"}, "`fill` in"),
         (rise, {"masks": 0}, "`masks` of at least 1"),
-        (rise, {"keep": 1.0}, "`keep` in \\(0, 1\\)"),
-        (lime, {"width": 0}, "`width` above 0"),
-        (lime, {"ridge": float("nan")}, "`ridge` of at least 0"),
+        (rise, {"keep": 1.0}, "`keep` from 0.001 to 0.999, got 1.0"),
+        (lime, {"width": 1e-200}, "`width` from 0.001 to 1000"),
+        (lime, {"ridge": float("inf")}, "`ridge` from 0 to 1000000.0, got inf"),
+        (rise, {"seed": 2**70}, "`seed` below 2\\*\\*63"),
         (lime, {"samples": 0}, "`samples` of at least 1"),
-        (meaningful_perturbation, {"area": -1}, "`area` of at least 0"),
+        (meaningful_perturbation, {"area": float("inf")}, "`area` from 0 to"),
         (meaningful_perturbation, {"class_ids": 4}, "classes from 0 to 3"),
         (CALLS["difference"], {"batch_size": 0}, "`batch_size` of at least 1"),
     ],
@@ -266,3 +268,42 @@ def test_others_of_another_size_are_named(untyped, net, images):
         ValueError, match="`others` of shape \\(n, 3, 16, 12\\), got \\(3, 3, 16, 10\\)"
     ):
         prediction_difference(net, images, images[..., :10])
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (None, "got NoneType"), ([[1.0]], "got list"), (torch.zeros(0, 3, 16, 12), "got \\(0, "),
+        (torch.full((1, 3, 16, 12), torch.nan), "without NaN"),
+        (torch.ones(1, 3, 16, 12, dtype=torch.uint8), "normalized as `images`"),
+    ],
+)  # fmt: skip
+def test_others_that_are_no_pictures_are_named(untyped, net, images, others, message):
+    with pytest.raises(ValueError, match=f"expected `others` .*{message}"):
+        prediction_difference(net, images, others)
+
+
+@pytest.mark.parametrize("call", [rise, lime, meaningful_perturbation])
+@pytest.mark.parametrize("seed", ["a", 1.5, None, True])
+def test_a_seed_is_a_whole_number(untyped, net, images, call, seed):
+    with pytest.raises(TypeError, match="expected `seed` as a whole number, got"):
+        call(net, images, seed=seed)
+
+
+def test_one_class_may_be_a_number_of_numpy_or_torch(untyped, net, images):
+    expected = sliding_occlusion(net, images, 2)
+    for class_id in (np.int64(2), torch.tensor(2), np.array(2), [2, 2, 2], np.full(3, 2)):
+        assert torch.equal(sliding_occlusion(net, images, class_id), expected)
+    for wrong in (True, torch.tensor(2.0), "2", [0.5] * 3):
+        with pytest.raises(TypeError, match="`class_ids` as whole numbers"):
+            sliding_occlusion(net, images, wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_the_mask_of_full_precision(images, dtype):
+    options = {"class_ids": 0, "grid": 8, "steps": 80, "area": 0.3, "fill": "mean"}
+    expected = meaningful_perturbation(patch(8.0), images, **options)
+    found = meaningful_perturbation(patch(8.0).to(dtype), images.to(dtype), **options)
+    assert found.dtype == dtype
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0)

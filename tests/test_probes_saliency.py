@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import torch
 from test_stages import _trace
@@ -147,10 +149,19 @@ def test_no_trace_is_left(net, tiny, images):
 
 
 def test_bad_arguments_say_what_is_expected(net, images, untyped):
-    with pytest.raises(ValueError, match=r"`samples` of at least 1 .* got 0"):
+    with pytest.raises(ValueError, match=r"`samples` of at least 1, got 0"):
         smoothgrad(net, images, samples=0)
+    with pytest.raises(ValueError, match="`noise` from 0 to 100, got inf"):
+        smoothgrad(net, images, noise=float("inf"))
     with pytest.raises(ValueError, match="`steps` of at least 1, got 0"):
         integrated_gradients(net, images, steps=0)
+    with pytest.raises(TypeError, match="`steps` as a whole number, got nan"):
+        integrated_gradients(net, images, steps=float("nan"))
+    for method in (gradient, deeplift, guided_backprop, smoothgrad, integrated_gradients):
+        with pytest.raises(TypeError, match=r"expected images as a tensor \(b, c, h, w\)"):
+            method(net, images.numpy())
+        with pytest.raises(ValueError, match="floating point type, got torch.uint8"):
+            method(net, images.byte())
     with pytest.raises(ValueError, match=r"`baseline` in \('mean', 'black'\), got 'white'"):
         integrated_gradients(net, images, baseline="white")
 
@@ -169,6 +180,83 @@ def test_deeplift_equals_captum_where_there_is_no_max_pooling(images):
         torch.testing.assert_close(found, expected.detach())
     slope = gradient(staged(plain, ["a"], image_size=16), images, 1)
     assert not torch.allclose(expected, slope * images)
+
+
+class _Block(nn.Module):
+    # Untraced, since no cut is in it: an activation function by its result or by its place.
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.way = nn.Conv2d(4, 4, 3, padding=1), way
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.way == "result":
+            x = relu(x)
+        elif self.way == "module":
+            self.relu(x)
+        elif self.way == "method":
+            x.relu_()
+        elif self.way == "keyword":
+            x = torch.relu(input=x)
+        elif self.way == "pool":
+            x = nn.functional.max_pool2d(x, 3, 1, 1).relu()
+        elif self.way == "pool in place":
+            x = nn.functional.max_pool2d(x, 3, 1, 1)
+            self.relu(x)
+        elif self.way == "leaky":
+            x = nn.functional.leaky_relu((2 * x.tanh()).clamp(-0.1, 0.2), 0.3)
+        else:
+            x = 2 * x.tanh()
+            x.clamp_(-0.1, 0.2)
+            nn.functional.leaky_relu_(x, 0.3)
+        return x
+
+
+def _around(block):
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        parts = OrderedDict(first=nn.Conv2d(3, 4, 3, padding=1), block=block())
+        parts |= dict(pool=nn.AdaptiveMaxPool2d(3), flat=nn.Flatten(), last=nn.Linear(36, 4))
+        return staged(nn.Sequential(parts).double().eval(), ["first", "block"], image_size=16)
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [["result", "module", "method", "keyword"], ["pool", "pool in place"], ["leaky", "in place"]],
+)
+def test_an_activation_function_may_work_in_place(images, ways):
+    expected = None
+    for way in ways:
+        net = _around(lambda way=way: _Block(way))
+        methods = (gradient, guided_backprop, deconvnet, deeplift)
+        found = torch.stack([method(net, images, [0, 1, 2]) for method in methods])
+        expected = found if expected is None else expected
+        assert torch.equal(found, expected)
+        total = (net(images) - net(0 * images))[range(3), range(3)]
+        torch.testing.assert_close(found[-1].sum((1, 2, 3)), total)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.ELU(), nn.SELU(), nn.CELU(), nn.GELU(),
+        nn.SiLU(), nn.Mish(), nn.Softplus(), nn.Softsign(), nn.LogSigmoid(), nn.Hardswish(),
+        nn.Hardsigmoid(), nn.Hardtanh(), nn.Hardshrink(), nn.Softshrink(), nn.Tanhshrink(),
+        nn.PReLU(4), nn.RReLU(), nn.Threshold(0.1, 0.3), nn.Sigmoid(), nn.Tanh(),
+        nn.LeakyReLU(0.2, inplace=True), nn.Threshold(0.1, 0.3, inplace=True),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_deeplift_has_a_rule_for_each_activation_function(images, module):
+    net = _around(lambda: module)
+    found = deeplift(net, images, [0, 1, 2]).sum((1, 2, 3))
+    torch.testing.assert_close(found, (net(images) - net(0 * images))[range(3), range(3)])
+
+
+def test_what_needs_a_gradient_gets_no_graph(net, images):
+    for method in (gradient, guided_backprop, deconvnet, deeplift, integrated_gradients):
+        assert not method(net, images.clone().requires_grad_()).requires_grad
 
 
 class _Activations(nn.Module):

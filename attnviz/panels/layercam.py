@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import colors
 from ..cam import Scaling, fuse, normalize
 from ..localize import Box, map_to_box
-from ..stages import Staged
+from ..stages import Staged, check_network
 from .panel import (
     ClassId,
     Panel,
@@ -28,7 +28,6 @@ from .panel import (
     ask,
     check_index,
     check_lengths,
-    check_network,
     check_settings,
     check_width,
     encode_picture,

@@ -277,15 +277,6 @@ def quantize(map: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
 # ------------------------------------------------------------------------- what a network is asked
 
 
-def check_network(net: Staged) -> None:
-    """Raises a TypeError unless a network is cut into its stages."""
-    if not isinstance(net, Staged):
-        raise TypeError(
-            f"expected a network from attnviz.staged or attnviz.load_network, got "
-            f"{type(net).__name__}; attnviz.staged(model) makes one"
-        )
-
-
 def ask(
     net: Staged, image: Picture | Tensor, asked: ClassId, classes: int
 ) -> tuple[Tensor, UInt8[np.ndarray, "h w 3"], list[float], list[tuple[int, str, float]]]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .. import colors
 from ..cam import normalize
 from ..crops import Window, run
-from ..stages import Staged
+from ..stages import Staged, check_network
 from ..tree import CLASS, Edge, Evidence, Node, _tight, evidence
 from .layercam import LONGEST_SIDE
 from .panel import (
@@ -40,7 +40,6 @@ from .panel import (
     ask,
     check_index,
     check_lengths,
-    check_network,
     check_settings,
     check_width,
     encode_picture,

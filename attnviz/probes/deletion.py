@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..cam import normalize, resize
 from ..stages import Staged
-from .occlusion import Fill, _check_maps, _check_scores, _class_ids, _filling
+from .occlusion import Fill, _check_maps, _chosen, _filling
 
 __all__ = ["Curves", "average_drop", "deletion_curves"]
 
@@ -90,7 +90,7 @@ def deletion_curves(
             raise ValueError(f"expected `{name}` in {get_args(Fill)}, got {value!r}")
     _check_maps(net, images, maps)
     values = _sized(maps, images)
-    ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
+    ids = _chosen(net, images, class_ids)
     order = values.flatten(1).argsort(dim=1, descending=True, stable=True)
     ranks = order.argsort(dim=1).reshape(values.shape)
     total = order.shape[1]
@@ -143,7 +143,7 @@ def average_drop(
     """
     _check_maps(net, images, maps)
     masks = _sized(normalize(maps), images)[:, None]
-    ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
+    ids = _chosen(net, images, class_ids)
     whole, masked = (_probability(net, shown, ids) for shown in (images, images * masks))
     drop = ((whole - masked).relu() / whole).nan_to_num(0.0)
     columns = {"class_id": ids, "confidence": whole, "confidence_masked": masked, "drop": drop}

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..gap import attention
 from ..stages import Staged
 from .intervene import StageModel, intervene
-from .occlusion import _check_scores, _class_ids
+from .occlusion import _check_scores, _chosen, _class_ids
 
 if TYPE_CHECKING:
     from ..tree import Evidence
@@ -77,7 +77,7 @@ def channel_importance(
             return attention(activation.detach(), gradient).sum(dim=(2, 3))
         from captum.attr import InternalInfluence, LayerConductance
 
-        ids = _class_ids(_check_scores(net(images), len(images)), class_ids).clone()
+        ids = _chosen(net, images, class_ids).clone()
         model = StageModel(net, stage)
         make = LayerConductance if method == "conductance" else InternalInfluence
         found = make(model, model.stage).attribute(

@@ -6,22 +6,21 @@ one class for image :math:`x` (softmax over the classes; sigmoid for a network o
 :math:`m` a mask, 1 where the image is kept. Hidden places get the mean color unless said.
 """
 
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..checks import check_whole
+from ..checks import check_number, check_seed, check_whole
 from ..labels import superpixels
 from ..stages import Staged
 from .deletion import _probability
-from .occlusion import Fill, _check_scores, _class_ids, _filling
+from .occlusion import ClassIds, Fill, _chosen, _filling
 
 __all__ = [
     "lime",
@@ -30,8 +29,6 @@ __all__ = [
     "rise",
     "sliding_occlusion",
 ]
-
-ClassIds = int | Sequence[int] | Int[Tensor, " b"] | None
 
 
 def sliding_occlusion(
@@ -52,8 +49,8 @@ def sliding_occlusion(
         images: Images, normalized as the network expects.
         class_ids: One class for all images or one per image; the highest score's if None.
         size: Side of the square in pixels; a fifth of the short side if None.
-        stride: From one place to the next in pixels; half of `size` if None. A last place at
-            the border is added.
+        stride: From one place to the next in pixels, at most `size`; half of `size` if None. A
+            last place at the border is added.
         fill: What the square shows; see :func:`attnviz.probes.occlude`.
         batch_size: Covered images in one forward pass.
         progress: Show a progress bar if it takes more than 2 s.
@@ -63,13 +60,14 @@ def sliding_occlusion(
         [-1, 1]; negative where the probability grows.
 
     Raises:
+        TypeError: An argument is of another type.
         ValueError: An argument is out of range.
 
     References:
         Visualizing and Understanding Convolutional Networks (Zeiler and Fergus, 2014),
         https://arxiv.org/abs/1311.2901.
     """
-    ids = _ids(net, images, class_ids)
+    ids = _chosen(net, images, class_ids)
     rows, columns = _windows(images, size, stride)
     if fill not in get_args(Fill):
         raise ValueError(f"expected `fill` in {get_args(Fill)}, got {fill!r}")
@@ -119,18 +117,20 @@ def prediction_difference(
         image speaks for the class.
 
     Raises:
+        TypeError: An argument is of another type.
         ValueError: An argument is out of range, or `others` are of another size.
 
     References:
         Visualizing Deep Neural Network Decisions: Prediction Difference Analysis (Zintgraf et
         al., 2017), https://arxiv.org/abs/1702.04595.
     """
-    ids = _ids(net, images, class_ids)
-    if not len(others) or others.shape[1:] != images.shape[1:]:
-        raise ValueError(
-            f"expected `others` of shape (n, {', '.join(map(str, images.shape[1:]))}), "
-            f"got {tuple(others.shape)}"
-        )
+    ids = _chosen(net, images, class_ids)
+    shape = tuple(others.shape) if isinstance(others, Tensor) else type(others).__name__
+    if not isinstance(others, Tensor) or others.shape[1:] != images.shape[1:] or not len(others):
+        sides = ", ".join(map(str, images.shape[1:]))
+        raise ValueError(f"expected `others` of shape (n, {sides}), got {shape}")
+    if not others.is_floating_point() or not others.isfinite().all():
+        raise ValueError("expected `others` normalized as `images`, without NaN and infinity")
     rows, columns = _windows(images, size, stride)
     check_whole("batch_size", batch_size, 1)
     others = others.to(images)
@@ -173,7 +173,7 @@ def rise(
         class_ids: See :func:`sliding_occlusion`.
         masks: :math:`n`, forward passes for each image. The standard error falls with its root.
         grid: Cells along each side.
-        keep: :math:`q`, in (0, 1).
+        keep: :math:`q`, from 0.001 to 0.999.
         batch_size: Masked images in one forward pass.
         seed: Of the masks; the global generator is not touched.
         progress: Show a progress bar if it takes more than 2 s.
@@ -183,17 +183,18 @@ def rise(
         not 0 but at the mean probability: compare within one map only.
 
     Raises:
+        TypeError: An argument is of another type.
         ValueError: An argument is out of range.
 
     References:
         RISE: Randomized Input Sampling for Explanation of Black-box Models (Petsiuk et al.,
         2018), https://arxiv.org/abs/1806.07421.
     """
-    ids = _ids(net, images, class_ids)
+    ids = _chosen(net, images, class_ids)
     for name, value in (("masks", masks), ("grid", grid), ("batch_size", batch_size)):
         check_whole(name, value, 1)
-    if not isinstance(keep, Real) or not 0 < keep < 1:
-        raise ValueError(f"expected `keep` in (0, 1), got {keep!r}")
+    check_number("keep", keep, 0.001, 0.999)
+    check_seed(seed)
     size = images.shape[-2:]
     cell = [-(-side // grid) for side in size]
     generator = torch.Generator().manual_seed(seed)
@@ -249,8 +250,9 @@ def lime(
         class_ids: See :func:`sliding_occlusion`.
         regions: About how many superpixels (SLIC).
         samples: Forward passes for each image.
-        width: :math:`\sigma`, how far from the whole image a sample still counts.
-        ridge: :math:`\lambda`; 0 for plain least squares.
+        width: :math:`\sigma`, how far from the whole image a sample still counts; from 0.001 to
+            1000.
+        ridge: :math:`\lambda`, from 0 (plain least squares) to 1e6.
         fill: What hidden superpixels show; see :func:`attnviz.probes.occlude`.
         batch_size: Changed images in one forward pass.
         seed: Of the samples; the global generator is not touched.
@@ -260,19 +262,19 @@ def lime(
         At each pixel the weight :math:`w` of its superpixel: the probability that it adds.
 
     Raises:
+        TypeError: An argument is of another type.
         ValueError: An argument is out of range.
 
     References:
         "Why Should I Trust You?" Explaining the Predictions of Any Classifier (Ribeiro et al.,
         2016), https://arxiv.org/abs/1602.04938.
     """
-    ids = _ids(net, images, class_ids)
+    ids = _chosen(net, images, class_ids)
     for name, value in (("regions", regions), ("samples", samples), ("batch_size", batch_size)):
         check_whole(name, value, 1)
-    if not isinstance(width, Real) or not width > 0:
-        raise ValueError(f"expected `width` above 0, got {width!r}")
-    if not isinstance(ridge, Real) or not ridge >= 0:
-        raise ValueError(f"expected `ridge` of at least 0, got {ridge!r}")
+    check_number("width", width, 0.001, 1000)
+    check_number("ridge", ridge, 0, 1e6)
+    check_seed(seed)
     if fill not in get_args(Fill):
         raise ValueError(f"expected `fill` in {get_args(Fill)}, got {fill!r}")
     mean, std = (images.new_tensor(part)[:, None, None] for part in (net.mean, net.std))
@@ -336,25 +338,27 @@ def meaningful_perturbation(
         :math:`1 - m` in [0, 1]: what has to be hidden.
 
     Raises:
+        TypeError: An argument is of another type.
         ValueError: An argument is out of range.
 
     References:
         Interpretable Explanations of Black Boxes by Meaningful Perturbation (Fong and Vedaldi,
         2017), https://arxiv.org/abs/1704.03296.
     """
-    ids = _ids(net, images, class_ids)
+    ids = _chosen(net, images, class_ids)
     for name, value in (("grid", grid), ("steps", steps)):
         check_whole(name, value, 1)
     for name, value in (("area", area), ("smoothness", smoothness)):
-        if not isinstance(value, Real) or not value >= 0:
-            raise ValueError(f"expected `{name}` of at least 0, got {value!r}")
+        check_number(name, value, 0, 1e6)
+    check_seed(seed)
     if fill not in get_args(Fill):
         raise ValueError(f"expected `fill` in {get_args(Fill)}, got {fill!r}")
     height, width = images.shape[-2:]
     generator = torch.Generator().manual_seed(seed)
     bar = tqdm(desc="mask", total=steps, unit="step", delay=2, disable=not progress)
     with torch.inference_mode(False), torch.enable_grad(), bar:
-        images, ids = images.detach().clone(), ids.clone()  # not of inference_mode
+        ids, dtype = ids.clone(), images.dtype  # not of inference_mode
+        images = images.detach().clone().to(torch.promote_types(dtype, torch.float32))
         covers = _filling(net, images, fill).expand_as(images)
         mask = torch.full((len(images), 1, grid, grid), 0.5).to(images).requires_grad_()
         optimizer = torch.optim.Adam([mask], lr=0.1)
@@ -362,7 +366,8 @@ def meaningful_perturbation(
             large = functional.interpolate(mask, (height + 4, width + 4), mode="bilinear")
             y, x = torch.randint(0, 5, (2,), generator=generator).tolist()
             large = large[..., y : y + height, x : x + width]
-            scores = net.activations(large * images + (1 - large) * covers)[1]
+            scores = net.activations((large * images + (1 - large) * covers).to(dtype))[1]
+            scores = scores.to(mask.dtype)
             shares = scores.sigmoid() if net.multilabel else scores.softmax(dim=1)
             slopes = mask.diff(dim=2).abs().pow(3).sum() + mask.diff(dim=3).abs().pow(3).sum()
             loss = shares.gather(1, ids[:, None]).sum()
@@ -373,12 +378,7 @@ def meaningful_perturbation(
             bar.update()
         hidden = 1 - mask.detach()
         large = functional.interpolate(hidden, (height + 4, width + 4), mode="bilinear")
-        return large[:, 0, 2:-2, 2:-2]
-
-
-def _ids(net: Staged, images: Tensor, class_ids: ClassIds) -> Tensor:
-    net._check_images(images)
-    return _class_ids(_check_scores(net(images), len(images)), class_ids)
+        return large[:, 0, 2:-2, 2:-2].to(dtype)
 
 
 def _windows(images: Tensor, size: int | None, stride: int | None) -> tuple[Tensor, Tensor]:
@@ -390,6 +390,11 @@ def _windows(images: Tensor, size: int | None, stride: int | None) -> tuple[Tens
         raise ValueError(f"expected `size` of at most the short side, {short}, got {size}")
     stride = max(1, size // 2) if stride is None else stride
     check_whole("stride", stride, 1)
+    if stride > size:
+        raise ValueError(
+            f"expected `stride` of at most `size`, {size}, so that each pixel is covered, "
+            f"got {stride}"
+        )
     sides = []
     for side in images.shape[-2:]:
         starts = torch.tensor(sorted({*range(0, side - size, stride), side - size}))

@@ -5,7 +5,7 @@ gradient of one class score, :math:`M` an attention map; ``b`` images, ``c`` cha
 """
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,10 +17,11 @@ from torch.nn.functional import conv2d, pad
 
 from ..cam import normalize, resize
 from ..metrics import class_ranks
-from ..stages import Staged
+from ..stages import Staged, check_network
 
 __all__ = ["Fill", "gradient_variance", "occlude", "occlusion_scores", "occlusion_table"]
 
+ClassIds = int | Sequence[int] | Int[Tensor, " b"] | None
 Fill = Literal["mean", "grey", "black", "blur"]
 
 
@@ -132,6 +133,7 @@ def occlusion_scores(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check_maps(net: Staged, images: Tensor, maps: Tensor) -> None:
+    check_network(net)
     net._check_images(images)
     if len(maps) != len(images):
         raise ValueError(f"expected one map per image, got {len(maps)} for {len(images)}")
@@ -192,7 +194,7 @@ def _check_scores(output: object, count: int) -> Tensor:
 def gradient_variance(
     net: Staged,
     images: Float[Tensor, "b c h w"],
-    class_ids: int | Sequence[int] | Int[Tensor, " b"] | None = None,
+    class_ids: ClassIds = None,
     *,
     stages: Sequence[int] | None = None,
 ) -> pd.DataFrame:
@@ -224,6 +226,7 @@ def gradient_variance(
     References:
         Thesis section 3.2.2 and figure 3.3.
     """
+    check_network(net)
     numbers = net.check_stages(stages)
     with torch.inference_mode(False), torch.enable_grad():
         pieces = net.differentiable(images, numbers)
@@ -254,15 +257,26 @@ def gradient_variance(
     return pd.concat(parts).sort_values(["method", "stage", "channel"], ignore_index=True)
 
 
-def _class_ids(scores: Tensor, class_ids: int | Sequence[int] | Tensor | None) -> Tensor:
+def _chosen(net: Staged, images: Tensor, class_ids: ClassIds) -> Tensor:
+    # The class of each image, one forward pass.
+    check_network(net)
+    net._check_images(images)
+    if not images.isfinite().all():
+        raise ValueError("expected images without NaN and infinity")
+    return _class_ids(_check_scores(net(images), len(images)), class_ids)
+
+
+def _class_ids(scores: Tensor, class_ids: ClassIds) -> Tensor:
     count, classes = scores.shape
     if class_ids is None:
         return scores.argmax(dim=1)
-    if isinstance(class_ids, int):
-        class_ids = [class_ids] * count
+    if isinstance(class_ids, Tensor | np.ndarray) and not class_ids.ndim:
+        class_ids = class_ids.item()
+    if isinstance(class_ids, Integral) and not isinstance(class_ids, bool):
+        class_ids = [int(class_ids)] * count
     try:
         ids = torch.as_tensor(class_ids, device=scores.device)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         ids = None
     if ids is None or ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"expected `class_ids` as whole numbers, got {class_ids!r}")

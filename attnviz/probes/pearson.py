@@ -20,7 +20,7 @@ from ..gap import Score, suppress
 from ..stages import Staged
 from ..tree import Evidence, evidence
 from .ablation import AblationFill, ablate
-from .occlusion import _check_scores, _class_ids
+from .occlusion import _chosen
 
 __all__ = [
     "Decomposed",
@@ -110,7 +110,7 @@ def decompositions(
     wrong = [fill for fill in fills if fill not in get_args(AblationFill)]
     if wrong or not fills:
         raise ValueError(f"expected `fills` in {get_args(AblationFill)}, got {list(fills)}")
-    ids = _class_ids(_check_scores(net(images), len(images)), class_ids).tolist()
+    ids = _chosen(net, images, class_ids).tolist()
     if means is None and "dataset_mean" in fills:
         means = channel_means(net, images.split(16))
     deepest = len(net.stage_names)

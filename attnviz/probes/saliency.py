@@ -5,17 +5,18 @@ value per pixel and color, :func:`pixel_map` makes a map of these. Symbols: :mat
 score, :math:`x` an image, :math:`x'` a baseline.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..stages import Staged
-from .occlusion import _check_scores, _class_ids
+from ..checks import check_number, check_whole
+from ..stages import Staged, check_network
+from .occlusion import ClassIds, _check_scores, _chosen, _class_ids
 
 __all__ = [
     "Baseline",
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 Baseline = Literal["mean", "black"]
-ClassIds = int | Sequence[int] | Int[Tensor, " b"] | None
 
 
 def pixel_map(attribution: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
@@ -50,10 +50,16 @@ def gradient(
     Returns:
         The gradient, by normalized pixel values.
 
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of range, or scores are not finite.
+
     References:
         Deep Inside Convolutional Networks (Simonyan et al., 2014),
         https://arxiv.org/abs/1312.6034.
     """
+    check_network(net)
+    net._check_images(images)
     with torch.inference_mode(False), torch.enable_grad():
         leaf = images.detach().clone().requires_grad_()
         scores = _check_scores(net.activations(leaf)[1], len(leaf))
@@ -81,22 +87,24 @@ def smoothgrad(
         images: Images, normalized as the network expects.
         class_ids: See :func:`gradient`; chosen on the images without noise.
         samples: Noisy copies of each image; one batch for each.
-        noise: :math:`\sigma`, a share of the range of each image.
+        noise: :math:`\sigma`, a share of the range of each image, from 0 to 100.
         generator: Where the noise comes from; seed 0 if None.
 
     Returns:
         The mean gradient.
 
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of range, or scores are not finite.
+
     References:
         SmoothGrad: Removing Noise by Adding Noise (Smilkov et al., 2017),
         https://arxiv.org/abs/1706.03825.
     """
-    if samples < 1 or noise < 0:
-        raise ValueError(
-            f"expected `samples` of at least 1 and `noise` of at least 0, got {samples}, {noise}"
-        )
+    check_whole("samples", samples, 1)
+    check_number("noise", noise, 0, 100)
+    ids = _chosen(net, images, class_ids)
     generator = generator or torch.Generator(images.device).manual_seed(0)
-    ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
     width = noise * (images.amax((1, 2, 3), True) - images.amin((1, 2, 3), True))
     total = torch.zeros_like(images)
     for _ in range(samples):
@@ -132,16 +140,19 @@ def integrated_gradients(
     Returns:
         The attribution, in the unit of the score.
 
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of range, or scores are not finite.
+
     References:
         Axiomatic Attribution for Deep Networks (Sundararajan et al., 2017),
         https://arxiv.org/abs/1703.01365.
     """
     from captum.attr import IntegratedGradients
 
-    if steps < 1:
-        raise ValueError(f"expected `steps` of at least 1, got {steps}")
+    check_whole("steps", steps, 1)
+    ids = _chosen(net, images, class_ids)
     start = _start(net, images, baseline)
-    ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
     with torch.inference_mode(False), torch.enable_grad():
         method = IntegratedGradients(lambda x: net.activations(x)[1])
         found = method.attribute(
@@ -163,9 +174,10 @@ def deeplift(
     Rescale rule: an activation function passes back
     :math:`(f(u) - f(u')) / (u - u')` in place of its derivative, and a max-pooling passes the
     difference of its results to where the larger of both maxima lies. In a network of
-    convolutions, linear layers, batch normalization, average and max-poolings and activation
-    functions the sum over an image is :math:`y(x) - y(x')`. Products of activations (squeeze and
-    excitation, attention) keep their gradient, and the sum is only about that.
+    convolutions, linear layers, batch normalization, average and max-poolings and the activation
+    functions of torch the sum over an image is :math:`y(x) - y(x')`. What else is not linear
+    keeps its gradient, and the sum is then another: layer and group normalization (ConvNeXt),
+    products of activations (squeeze and excitation, attention, GLU), ``softmax``, ``amax``.
 
     Args:
         net: A network with one score per class.
@@ -176,19 +188,23 @@ def deeplift(
     Returns:
         The attribution, in the unit of the score.
 
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of range, or scores are not finite.
+
     References:
         Learning Important Features Through Propagating Activation Differences (Shrikumar et al.,
         2017), https://arxiv.org/abs/1704.02685.
     """
+    ids = _chosen(net, images, class_ids)
     start = _start(net, images, baseline)
-    ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
     with torch.inference_mode(False), torch.enable_grad():
         leaf = images.detach().clone().requires_grad_()
         with _Rescaled():
             scores = net.activations(torch.cat([leaf, start]))[1][: len(leaf)]
         picked = scores.gather(1, ids.clone()[:, None])
         found = torch.autograd.grad(picked.sum(), leaf)[0]
-    return found * (images - start)
+    return found * (images.detach() - start)
 
 
 def guided_backprop(
@@ -197,8 +213,8 @@ def guided_backprop(
     """Computes the gradient with each ReLU passing back only what is positive.
 
     A ReLU passes :math:`g` where :math:`x > 0` and :math:`g > 0`. Modules, functions and
-    in-place forms of ReLU and ReLU6 are meant alike; other activation functions keep their
-    gradient.
+    in-place forms of ReLU and ReLU6 are meant alike; other activation functions, and ``clamp``,
+    keep their gradient.
 
     Args:
         net: A network with one score per class.
@@ -207,6 +223,10 @@ def guided_backprop(
 
     Returns:
         The guided gradient.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of range, or scores are not finite.
 
     References:
         Striving for Simplicity: The All Convolutional Net (Springenberg et al., 2015),
@@ -242,6 +262,10 @@ def deconvnet(
     Returns:
         What arrives at the pixels.
 
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of range, or scores are not finite.
+
     References:
         Visualizing and Understanding Convolutional Networks (Zeiler and Fergus, 2014),
         https://arxiv.org/abs/1311.2901.
@@ -268,11 +292,10 @@ class GuidedReLUs(TorchFunctionMode):
         top = _TOPS.get(func)
         if func is functional.hardtanh and kwargs.get("min_val") == 0:  # the module ReLU6
             top = kwargs["max_val"]
-        return (
-            func(*args, **kwargs)
-            if top is None
-            else _Guided.apply(args[0], top, self.deconvolution)
-        )
+        if top is None:
+            return func(*args, **kwargs)
+        x, _, _ = _split(args, kwargs)
+        return _put(_Guided.apply(x, top, self.deconvolution), x, func, kwargs)
 
 
 class _Guided(torch.autograd.Function):
@@ -291,13 +314,6 @@ class _Guided(torch.autograd.Function):
         return gradient.relu() * open_, None, None
 
 
-_TOPS = {  # from the function to the largest value it gives
-    functional.relu: torch.inf, functional.relu_: torch.inf, torch.relu: torch.inf,
-    torch.relu_: torch.inf, Tensor.relu: torch.inf, Tensor.relu_: torch.inf,
-    functional.relu6: 6.0,
-}  # fmt: skip
-
-
 class _Rescaled(TorchFunctionMode):
     # Within it, a batch is images and then as many baselines; see `deeplift`.
 
@@ -305,15 +321,25 @@ class _Rescaled(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
+        x, rest, named = _split(args, kwargs) if func in _RESCALED else (None, (), {})
         if func in _ELEMENTWISE:
-            kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
-            return _Ratio.apply(args[0], lambda x: func(x, *args[1:], **kwargs))
-        if func in _POOLINGS and not kwargs.pop("return_indices", False):
-            return _Winner.apply(
-                args[0],
-                lambda x: functional.max_pool2d(x, *args[1:], **kwargs, return_indices=True),
-            )
+            found = _Ratio.apply(x, lambda u: func(u, *rest, **named))
+            return _put(found, x, func, kwargs)
+        if func in _POOLINGS and not named.pop("return_indices", False):
+            pool = _POOLINGS[func]
+            return _Winner.apply(x, lambda u: pool(u, *rest, **named, return_indices=True))
         return func(*args, **kwargs)
+
+
+def _split(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
+    # What a function is applied to, and what else it takes; without its order to work in place.
+    named = {name: value for name, value in kwargs.items() if name not in ("input", "inplace")}
+    return (args[0], args[1:], named) if args else (kwargs["input"], (), named)
+
+
+def _put(found: Tensor, x: Tensor, func: Callable, kwargs: dict) -> Tensor:
+    # The caller of a function that works in place may look at the place alone.
+    return x.copy_(found) if kwargs.get("inplace") or func.__name__.endswith("_") else found
 
 
 class _Ratio(torch.autograd.Function):
@@ -322,19 +348,20 @@ class _Ratio(torch.autograd.Function):
     def forward(
         context: torch.autograd.function.FunctionCtx, x: Tensor, function: Callable
     ) -> Tensor:
-        y = function(x.clone())  # which may work in place
-        context.save_for_backward(x, y)
+        context.save_for_backward(x.clone())  # what comes next may work in place
         context.function = function
-        return y
+        return function(x.clone())
 
     @staticmethod
     def backward(
         context: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor, None]:
-        (x, start), (y, end) = (each.chunk(2) for each in context.saved_tensors)
+        (whole,) = context.saved_tensors
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            slope = torch.autograd.grad(context.function(leaf.clone()).sum(), leaf)[0]
+            leaf = whole.detach().requires_grad_()
+            values = context.function(leaf.clone())
+            slope = torch.autograd.grad(values.sum(), leaf)[0].chunk(2)[0]
+        (x, start), (y, end) = whole.chunk(2), values.detach().chunk(2)
         ratio = torch.where((x - start).abs() > _TINY, (y - end) / (x - start), slope)
         return gradient * torch.cat([ratio, torch.zeros_like(ratio)]), None
 
@@ -344,16 +371,15 @@ class _Winner(torch.autograd.Function):
     @staticmethod
     def forward(context: torch.autograd.function.FunctionCtx, x: Tensor, pool: Callable) -> Tensor:
         y, places = pool(x)
-        context.save_for_backward(x, y, places)
+        context.save_for_backward(x, places)  # not y, where a ReLU may work in place
         return y
 
     @staticmethod
     def backward(
         context: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor, None]:
-        (x, start), (y, end), (at, of_start) = (
-            each.flatten(2).chunk(2) for each in context.saved_tensors
-        )
+        (x, start), (at, of_start) = (each.flatten(2).chunk(2) for each in context.saved_tensors)
+        y, end = x.gather(2, at), start.gather(2, of_start)
         winner = torch.where(y >= end, at, of_start)
         away = (x - start).gather(2, winner)
         ratio = torch.where(away.abs() > _TINY, (y - end) / away, 1.0)
@@ -364,11 +390,28 @@ class _Winner(torch.autograd.Function):
 
 
 _TINY = 1e-6  # a difference below which the derivative takes the place of the ratio
-_POOLINGS = {functional.max_pool2d, torch.max_pool2d}
-_ELEMENTWISE = {
-    *_TOPS, functional.hardtanh, functional.leaky_relu, functional.elu, functional.selu,
-    functional.celu, functional.gelu, functional.silu, functional.mish, functional.softplus,
-    functional.hardswish, functional.hardsigmoid, functional.prelu, functional.sigmoid,
-    torch.sigmoid, Tensor.sigmoid, functional.tanh, torch.tanh, Tensor.tanh, torch.clamp,
-    Tensor.clamp,
+
+
+def _forms(*names: str) -> set[Callable]:
+    # Functions and methods of these names, in place or not.
+    return {
+        getattr(owner, name + end)
+        for owner in (functional, torch, Tensor)
+        for name in names
+        for end in ("", "_")
+        if hasattr(owner, name + end)
+    }
+
+
+_TOPS = dict.fromkeys(_forms("relu"), torch.inf) | {functional.relu6: 6.0}  # largest value given
+_POOLINGS = {
+    functional.max_pool2d: functional.max_pool2d, torch.max_pool2d: functional.max_pool2d,
+    functional.adaptive_max_pool2d: functional.adaptive_max_pool2d,
 }  # fmt: skip
+_ELEMENTWISE = _forms(
+    "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish",
+    "softplus", "softsign", "logsigmoid", "hardswish", "hardsigmoid", "hardshrink", "softshrink",
+    "tanhshrink", "prelu", "rrelu", "threshold", "sigmoid", "tanh", "clamp", "clamp_min",
+    "clamp_max", "clip",
+)  # fmt: skip
+_RESCALED = _ELEMENTWISE | set(_POOLINGS)

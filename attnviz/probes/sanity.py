@@ -22,7 +22,7 @@ from tqdm import tqdm, trange
 from ..networks import FiveStage
 from ..stages import Staged, staged
 from ..tree import evidence
-from .occlusion import _check_scores, _class_ids
+from .occlusion import _chosen
 
 __all__ = [
     "Mode",
@@ -278,7 +278,7 @@ def parameter_randomization(
         Sanity Checks for Saliency Maps (Adebayo et al., 2018),
         https://arxiv.org/abs/1810.03292; thesis figure 5.7 (a).
     """
-    ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
+    ids = _chosen(net, images, class_ids)
     original = {method: make(net, images, ids) for method, make in maps.items()}
     layers = weighted_layers(net) if layers is None else tuple(layers)
     rows = []
@@ -409,7 +409,7 @@ def data_randomization(
         Sanity Checks for Saliency Maps (Adebayo et al., 2018),
         https://arxiv.org/abs/1810.03292; thesis figure 5.7 (b).
     """
-    ids = _class_ids(_check_scores(net(images), len(images)), class_ids)
+    ids = _chosen(net, images, class_ids)
     rows = []
     for method, make in maps.items():
         table = compare_maps(make(net, images, ids), make(permuted, images, ids))

@@ -41,8 +41,9 @@ class Table:
     n: int
     """Number of pictures measured."""
     rows: list[Row]
-    """The rows of the thesis. A number is ``{"paper", "ours", "low", "high"}``, in percent: the
-    printed one, ours and its 95 % bootstrap interval over pictures; None where there is none."""
+    """The rows of the thesis. A number is ``{"paper", "ours", "low", "high"}``, in percent (in
+    table 5.1 a correlation): the printed one, ours and its 95 % bootstrap interval over pictures;
+    None where there is none."""
     extra: list[Row]
     """Rows of the same columns that the thesis does not have: the other rule for thresholds, the
     boxes alone (``gt_known``), the thresholds themselves, the same without graph cut."""
@@ -103,16 +104,20 @@ class Table:
             f"{line(self.rows[0], 'th')}{more}</table></details><ul>{notes}</ul>"
         )
 
-    @staticmethod
-    def _texts(row: Row) -> list[str]:
+    def _texts(self, row: Row) -> list[str]:
+        # A correlation with three decimals, a percentage with two and its interval with one.
+        digits, coarse = (3, 3) if numbers()[self.id]["metric"] == "PCC" else (2, 1)
+
         def text(cell: object) -> str:
             if not isinstance(cell, dict):
                 return str(cell)
             paper, ours = (
-                "-" if cell[kind] is None else f"{cell[kind]:.2f}" for kind in ("paper", "ours")
+                "-" if cell[kind] is None else f"{cell[kind]:.{digits}f}"
+                for kind in ("paper", "ours")
             )
-            spread = "" if cell["low"] is None else f" [{cell['low']:.1f}, {cell['high']:.1f}]"
-            return f"{paper} | {ours}{spread}"
+            if cell["low"] is None:
+                return f"{paper} | {ours}"
+            return f"{paper} | {ours} [{cell['low']:.{coarse}f}, {cell['high']:.{coarse}f}]"
 
         return [text(cell) for cell in row.values()]
 
