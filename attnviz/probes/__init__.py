@@ -3,6 +3,7 @@
 Named here are those of pictures. Those of channels and decisions are modules of their own:
 :mod:`~attnviz.probes.pearson` (does removal agree with contributions),
 :mod:`~attnviz.probes.channels` (what a channel responds to),
+:mod:`~attnviz.probes.visualization` (pictures made to excite it, and what a stage still knows),
 :mod:`~attnviz.probes.context` (on which parts and contexts),
 :mod:`~attnviz.probes.surrogate` and :mod:`~attnviz.probes.importance` (what is left without some
 channels), :mod:`~attnviz.probes.sanity` and :mod:`~attnviz.probes.saliency` (random weights and
