@@ -146,7 +146,7 @@ def bench_cam(
         notes += ("bf16 is left out: this processor only imitates it, ten times slower",)
     total = sum(len(plan) for _, _, plan in plans) * (rounds + memory)
     with (
-        tqdm(total=total, disable=not progress, unit="run") as bar,
+        tqdm(total=total, disable=not progress, unit="run", delay=2) as bar,
         _quiet(),
     ):
         for network, batch, plan in plans:
@@ -182,7 +182,7 @@ def _check(
         raise ValueError(f"expected `networks` as a list of names, got {networks!r}")
     for name, values in (("batches", batches), ("rounds", [rounds]), ("size", [size])):
         if not values or min(values) < 1:
-            raise ValueError(f"expected `{name}` of 1 or more, got {values}")
+            raise ValueError(f"expected `{name}` of 1 or more, got {min(values, default='none')}")
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"expected `device` in ('auto', 'cpu', 'cuda'), got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():

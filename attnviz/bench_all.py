@@ -26,6 +26,8 @@ th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; text-align
 img { max-width: 100% } ul { font-size: 13px }
 </style>"""
 
+_NEAR = 6  # times its baseline
+
 
 def bench_all(
     quick: bool = False,
@@ -115,21 +117,28 @@ def _plot(result: Benchmark) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = result.rows[::-1]
-    figure = Figure((10, 0.8 + 0.26 * len(rows)), layout="constrained")
+    # what is many times its baseline has an axis of its own, or the rest could not be told apart
+    near = [row for row in result.rows if row["ratio"] < _NEAR]
+    parts = [rows[::-1] for rows in (near, [r for r in result.rows if r not in near]) if rows]
+    figure = Figure((10, 1 + 0.24 * len(result.rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for place, row in enumerate(rows):
-        peer = any(f": {name}: " in row["case"] for name in PEERS)
-        color = "#d55e00" if peer else "#0072b2"
-        axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2)
-        axes.plot(row["ratio"], place, "o", color=color, markersize=4)
-    axes.axvline(1, color="0.6", linewidth=1)
-    axes.set_xscale("log")
-    labels = [f"{row['case']} / {row['baseline'].partition(': ')[2]}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    heights = [2 + len(rows) for rows in parts]
+    column = figure.subplots(len(parts), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, rows in zip(column, parts, strict=True):
+        for place, row in enumerate(rows):
+            peer = any(f": {name}: " in row["case"] for name in PEERS)
+            color = "#d55e00" if peer else "#0072b2"
+            axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2)
+            axes.plot(row["ratio"], place, "o", color=color, markersize=4)
+        labels = [f"{row['case']} / {row['baseline'].partition(': ')[2]}" for row in rows]
+        axes.set_yticks(range(len(rows)), labels, fontsize=7)
+        axes.set_ylim(-1, len(rows))
+        axes.grid(axis="x", color="0.9")
+        if rows[0]["ratio"] < _NEAR:
+            axes.axvline(1, color="0.5", linewidth=1)
+        else:
+            axes.set_xscale("log")
     axes.set_xlabel("time to the baseline's: median, quartiles\n(orange: other packages)")
-    axes.margins(y=0.02)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()

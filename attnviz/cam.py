@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate, threshold
 
-from .checks import check_size
+from .checks import check_choice, check_number, check_size
 
 __all__ = [
     "METHODS",
@@ -52,6 +52,7 @@ def cam(
         Learning Deep Features for Discriminative Localization (Zhou et al., 2016),
         https://arxiv.org/abs/1512.04150; thesis Eqs. 5.6, 5.7.
     """
+    activation, gradient = _alike(activation, gradient)
     return _weighted_sum(gradient.sum(dim=(2, 3)), activation)
 
 
@@ -67,6 +68,7 @@ def gradcam(
         Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization
         (Selvaraju et al., 2017), https://arxiv.org/abs/1610.02391; thesis Eqs. 3.2, 3.3.
     """
+    activation, gradient = _alike(activation, gradient)
     return _weighted_sum(gradient.mean(dim=(2, 3)), activation).relu()
 
 
@@ -95,6 +97,7 @@ def gradcam_pp(
         Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks
         (Chattopadhay et al., 2018), https://arxiv.org/abs/1710.11063; thesis Eqs. 3.4, 3.5.
     """
+    activation, gradient = _alike(activation, gradient)
     positive = gradient.relu()
     below = (positive * activation.sum(dim=(2, 3), keepdim=True)).add_(2)
     weight = (positive / below).sum(dim=(2, 3))  # (3.4), (3.5)
@@ -126,6 +129,7 @@ def layercam(
         (Jiang et al., 2021), https://ieeexplore.ieee.org/document/9462463;
         thesis Eqs. 3.6-3.8.
     """
+    activation, gradient = _alike(activation, gradient)
     positive = threshold(gradient, 0.0, 0.0)  # ReLU, whose result may be overwritten
     return positive.mul_(activation).sum(dim=1).relu()
 
@@ -139,6 +143,7 @@ def layercam_normal(
 
     The ablation of :func:`layercam` in thesis table 3.7 (elsewhere called HiResCAM).
     """
+    activation, gradient = _alike(activation, gradient)
     return (gradient * activation).sum(dim=1).relu()
 
 
@@ -156,7 +161,19 @@ def normgrad(
         There and Back Again: Revisiting Backpropagation Saliency Methods (Rebuffi et al., 2020),
         https://arxiv.org/abs/2004.02866.
     """
+    activation, gradient = _alike(activation, gradient)
     return activation.square().sum(dim=1).sqrt() * gradient.square().sum(dim=1).sqrt()
+
+
+def _alike(activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    # Both in the more exact of their types.
+    if activation.shape != gradient.shape or activation.ndim != 4:
+        raise ValueError(
+            "expected activation and gradient of one shape (b, c, h, w), got "
+            f"{tuple(activation.shape)} and {tuple(gradient.shape)}"
+        )
+    dtype = torch.promote_types(activation.dtype, gradient.dtype)
+    return activation.to(dtype), gradient.to(dtype)
 
 
 def _weighted_sum(weight: Float[Tensor, "b c"], activation: Float[Tensor, "b c h w"]) -> Tensor:
@@ -205,6 +222,7 @@ def scale(
     References:
         Thesis Eq. 3.9 and table 3.3.
     """
+    gamma = check_number("gamma", gamma)
     normalized = normalize(maps)
     match scaling:
         case "none":
@@ -262,11 +280,13 @@ def fuse(
         raise TypeError(f"expected a list of maps, got one tensor {tuple(maps.shape)}; [maps]")
     if not maps:
         raise ValueError("expected at least one map in `maps`, got none; select a stage")
+    if not all(isinstance(stage, Tensor) for stage in maps):
+        kinds = [type(stage).__name__ for stage in maps]
+        raise TypeError(f"expected maps as tensors, got {kinds}")
     if len({tuple(stage.shape[:-2]) for stage in maps}) > 1:
         shapes = [tuple(stage.shape) for stage in maps]
         raise ValueError(f"expected maps of the same images and classes, got shapes {shapes}")
-    if rule not in get_args(Rule):
-        raise ValueError(f"expected `rule` in {get_args(Rule)}, got {rule!r}")
+    check_choice("rule", rule, Rule)
     for stage in maps:
         if not stage.is_floating_point():
             raise TypeError(f"expected maps of floats, got {stage.dtype}; maps.float()")

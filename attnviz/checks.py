@@ -2,27 +2,57 @@
 
 import math
 from numbers import Integral, Real
+from typing import get_args
 
-__all__ = ["check_number", "check_seed", "check_size", "check_whole"]
+__all__ = ["check_choice", "check_number", "check_seed", "check_size", "check_whole", "shown"]
+
+_LARGEST = 2**63 - 1  # of the whole numbers that torch takes
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """Raises TypeError unless an argument is a whole number, ValueError if it is too low."""
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises ValueError unless an argument is one of the words of a ``Literal``."""
+    if not isinstance(value, str) or value not in get_args(choices):
+        raise ValueError(f"expected `{name}` in {get_args(choices)}, got {shown(value)}")
+
+
+def check_whole(name: str, value: object, least: int) -> int:
+    """Returns a whole number as an int.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It is too low, or too large for torch.
+    """
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"expected `{name}` as a whole number, got {value!r}")
+        raise TypeError(f"expected `{name}` as a whole number, got {shown(value)}")
     if value < least:
         raise ValueError(f"expected `{name}` of at least {least}, got {value}")
+    if value > _LARGEST:
+        raise ValueError(f"expected `{name}` below 2**63, got {value}")
+    return int(value)
 
 
-def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raises TypeError unless an argument is a number, ValueError if it is NaN or out of range."""
+def check_number(
+    name: str, value: object, low: float = -math.inf, high: float = math.inf
+) -> float:
+    """Returns a number as it is, or as a float where torch does not know its kind.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It is NaN or out of range.
+    """
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"expected `{name}` as a number, got {value!r}")
+        raise TypeError(f"expected `{name}` as a number, got {shown(value)}")
     if not low <= value <= high:
         if low == -math.inf:
             raise ValueError(f"expected `{name}` as a number, got {value}")
         limits = f" from {low} to {high}" if high < math.inf else f" of at least {low}"
         raise ValueError(f"expected `{name}`{limits}, got {value}")
+    return value if isinstance(value, int | float) else float(value)
+
+
+def check_seed(seed: object) -> int:
+    """Returns a seed, a whole number from 0; raises as :func:`check_whole`."""
+    return check_whole("seed", seed, 0)
 
 
 def check_size(name: str, value: object) -> None:
@@ -30,12 +60,15 @@ def check_size(name: str, value: object) -> None:
     sides = tuple(value) if isinstance(value, tuple | list) else ()
     if len(sides) != 2 or not all(isinstance(each, Integral) and each >= 1 for each in sides):
         raise ValueError(
-            f"expected `{name}` as (height, width), whole numbers of at least 1, got {value!r}"
+            f"expected `{name}` as (height, width), whole numbers of at least 1, "
+            f"got {shown(value)}"
         )
 
 
-def check_seed(seed: object) -> None:
-    """Raises TypeError unless a seed is a whole number, ValueError if torch can't take it."""
-    check_whole("seed", seed, 0)
-    if seed >= 2**63:
-        raise ValueError(f"expected `seed` below 2**63, got {seed}")
+def shown(value: object) -> str:
+    """Returns any value in a few words: what it is, or the kind and shape of an array."""
+    shape = getattr(value, "shape", None)
+    if shape is not None and tuple(shape):
+        return f"{type(value).__name__} of shape {tuple(shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

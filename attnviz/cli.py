@@ -366,6 +366,12 @@ def _add_tree(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="an HTML page")
 
 
+def _check_page(file: Path) -> None:
+    if file.suffix not in (".html", ".htm"):
+        raise ValueError(f"expected --out as .html, got {str(file)!r}")
+    check_writable(file.parent)
+
+
 def _tree(options: argparse.Namespace) -> dict[str, object]:
     from .panels.tree import MOST, explore_evidence
 
@@ -376,7 +382,7 @@ def _tree(options: argparse.Namespace) -> dict[str, object]:
     if len(options.class_ids) > 2:
         raise ValueError(f"expected one or two classes, got {len(options.class_ids)}")
     picture = read_image(options.image)
-    check_writable(options.out.parent)
+    _check_page(options.out)
     net = load_network(
         options.network, options.weights, data=options.data_root, device=_device(options)
     )
@@ -823,7 +829,7 @@ def _play(options: argparse.Namespace) -> dict[str, object]:
     from .panels.player import EvolutionPlayer
 
     evolutions = [load_evolution(run) for run in options.runs]
-    check_writable(options.out.parent)
+    _check_page(options.out)
     player = EvolutionPlayer(evolutions)
     player.save_html(options.out)
     epochs = {str(each.run): len(each.epochs) for each in evolutions}
@@ -924,7 +930,7 @@ def _table(options: argparse.Namespace) -> dict[str, object]:
     }  # fmt: skip
     if id == "all":
         out = options.out or Path("tables.html")
-        check_writable(out.parent)
+        _check_page(out)
         say = _say if _is_first() else lambda text: None
         given = {name: value for name, value in given.items() if value is not None}
         report = write_report(out, data=options.data, seed=options.seed, say=say, **given)

@@ -17,13 +17,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from .checks import check_choice
 from .files import first_line, read_arrays, write_whole
 from .images import damage_named, opened
 
@@ -182,8 +183,7 @@ class EvolutionWriter:
         rule: str = "max",
         drop: bool = False,
     ) -> None:
-        if method not in get_args(Method):
-            raise ValueError(f"expected `method` in {get_args(Method)}, got {method!r}")
+        check_choice("method", method, Method)
         self.run, self.folder = Path(run), Path(run) / "evolution"
         self.run_id, self.method = str(run_id), method
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """Where networks and mathematics meet: maps of all stages, methods and classes at once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .cam import METHODS
+from .checks import check_choice, check_whole, shown
 from .excitation import descend, record
 from .perturb import channel_scores, informative_channels
 from .stages import Pieces, Staged, check_network
@@ -137,10 +138,8 @@ def stage_maps(
     """
     check_network(net)
     methods = _check_methods(methods)
-    if gradient_at not in get_args(GradientAt):
-        raise ValueError(f"expected `gradient_at` in {get_args(GradientAt)}, got {gradient_at!r}")
-    if precision not in get_args(Precision):
-        raise ValueError(f"expected `precision` in {get_args(Precision)}, got {precision!r}")
+    check_choice("gradient_at", gradient_at, GradientAt)
+    check_choice("precision", precision, Precision)
     numbers = net.check_stages(stages)
     lower = precision == "bf16"
     if lower:
@@ -235,11 +234,9 @@ def scorecam(
         (Wang et al., 2020), https://arxiv.org/abs/1910.01279.
     """
     check_network(net)
-    if form not in get_args(ScoreForm):
-        raise ValueError(f"expected `form` in {get_args(ScoreForm)}, got {form!r}")
-    for name, value in (("batch_size", batch_size), ("channels", channels)):
-        if value is not None and value < 1:
-            raise ValueError(f"expected `{name}` of at least 1, got {value}")
+    check_choice("form", form, ScoreForm)
+    batch_size = check_whole("batch_size", batch_size, 1)
+    channels = None if channels is None else check_whole("channels", channels, 1)
     numbers = net.check_stages(stages)
     with torch.inference_mode(False), torch.no_grad():
         kept, output = net.activations(images)
@@ -380,12 +377,13 @@ def _collect(
 
 
 def _check_methods(methods: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(methods, Iterable):
+        raise TypeError(f"expected `methods` as a list of names, got {shown(methods)}")
     methods = (methods,) if isinstance(methods, str) else tuple(methods)
-    unknown = [method for method in methods if method not in METHODS]
+    unknown = [each for each in methods if not isinstance(each, str) or each not in METHODS]
     if unknown or not methods:
-        raise ValueError(
-            f"expected `methods` in {tuple(METHODS)}, got {unknown[0] if unknown else 'none'!r}"
-        )
+        got = shown(unknown[0]) if unknown else "none"
+        raise ValueError(f"expected `methods` in {tuple(METHODS)}, got {got}")
     return methods
 
 
@@ -447,12 +445,12 @@ def _check_class_ids(net: Staged, scores: Tensor, class_ids: ClassIds) -> Tensor
         return scores.argmax(dim=1)
     if isinstance(class_ids, Tensor | np.ndarray):
         class_ids = class_ids.tolist()
-    if isinstance(class_ids, str | Integral):
+    if isinstance(class_ids, str | Integral) and not isinstance(class_ids, bool):
         class_ids = [class_ids] * count
     if not isinstance(class_ids, Sequence):
         raise TypeError(
             "expected `class_ids` as numbers or names of classes, as lists of these, or as a "
-            f"function, got {class_ids!r}"
+            f"function, got {shown(class_ids)}"
         )
     if len(class_ids) != count:
         raise ValueError(
@@ -477,8 +475,8 @@ def _check_class_ids(net: Staged, scores: Tensor, class_ids: ClassIds) -> Tensor
 def _number(net: Staged, class_id: object) -> int:
     if isinstance(class_id, str):
         return net.class_id(class_id)
-    if not isinstance(class_id, Integral):
-        raise TypeError(f"expected classes as whole numbers or names, got {class_id!r}")
+    if not isinstance(class_id, Integral) or isinstance(class_id, bool):
+        raise TypeError(f"expected classes as whole numbers or names, got {shown(class_id)}")
     return int(class_id)
 
 

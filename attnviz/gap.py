@@ -6,11 +6,13 @@ its gradient, :math:`A` the attention maps, :math:`Z = hw` the positions of the 
 signed and lie at the stage's resolution. Nothing here runs a network: see :mod:`attnviz.crops`.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .checks import check_choice
 
 __all__ = [
     "Score",
@@ -54,8 +56,7 @@ def channel_scores(
         score: ``AA``: mean of the attention map, the contribution of Eq. 5.4. ``MA``: its
             maximum. ``AG``: mean of the gradient. ``MG``: its maximum.
     """
-    if score not in get_args(Score):
-        raise ValueError(f"expected `score` in {get_args(Score)}, got {score!r}")
+    check_choice("score", score, Score)
     values = attention(activation, gradient) if score[1] == "A" else gradient
     return values.mean(dim=(-2, -1)) if score[0] == "A" else values.amax(dim=(-2, -1))
 

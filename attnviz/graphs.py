@@ -20,6 +20,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.proxy import TraceError
 from torch.utils._pytree import tree_leaves
 
+from .checks import shown
 from .files import first_line
 
 __all__ = ["OUTPUT", "CutNetwork", "Segment", "cut_network", "input_channels", "trace"]
@@ -418,8 +419,9 @@ def _node_of(name: str, graph: fx.GraphModule) -> fx.Node:
 
 
 def _check_cuts(model: nn.Module, cuts: Sequence[str]) -> None:
-    if isinstance(cuts, str) or not cuts or not all(isinstance(cut, str) for cut in cuts):
-        raise ValueError(f"expected `cuts` as a list of module names, got {cuts!r}")
+    listed = isinstance(cuts, Sequence) and not isinstance(cuts, str)
+    if not listed or not cuts or not all(isinstance(cut, str) for cut in cuts):
+        raise ValueError(f"expected `cuts` as a list of module names, got {shown(cuts)}")
     names = [name for name, _ in model.named_modules() if name]
     for cut in cuts:
         if cut not in names:

@@ -16,7 +16,7 @@ of boxes are in :mod:`attnviz.metrics`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from .checks import check_number, check_size, check_whole
+from .checks import check_choice, check_number, check_size, check_whole
 
 __all__ = [
     "THRESHOLDS",
@@ -408,8 +408,7 @@ def _check_threshold(threshold: float) -> None:
 
 
 def _check_rule(rule: str) -> None:
-    if rule not in get_args(Rule):
-        raise ValueError(f"expected `rule` in {get_args(Rule)}, got {rule!r}")
+    check_choice("rule", rule, Rule)
 
 
 # ----------------------------------------------------------------------------------- graph cut
@@ -633,8 +632,7 @@ def views(
         >>> view.resized, view.offset
         ((256, 341), (16, 58))
     """
-    if preset not in get_args(Preset):
-        raise ValueError(f"expected `preset` in {get_args(Preset)}, got {preset!r}")
+    check_choice("preset", preset, Preset)
     size = (crop, crop)
     if preset == "resize":
         return (View(image_size, size, (0, 0), size),)

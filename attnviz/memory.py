@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from numbers import Real
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import BinaryIO, Literal
 from urllib.parse import quote
 
 import numpy as np
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .checks import check_size, check_whole
+from .checks import check_choice, check_size, check_whole
 from .files import first_line, write_whole
 
 __all__ = ["AttentionMemory", "Precision", "Rule", "place"]
@@ -84,8 +84,7 @@ class AttentionMemory:
         keep_last: bool = False,
     ) -> None:
         for name, value, choice in (("rule", rule, Rule), ("dtype", dtype, Precision)):
-            if value not in get_args(choice):
-                raise ValueError(f"expected `{name}` in {get_args(choice)}, got {value!r}")
+            check_choice(name, value, choice)
         if rule == "mean" and dtype == "uint8":
             raise ValueError(
                 "expected `dtype` 'float16' for the mean, got 'uint8'; small changes vanish in it"

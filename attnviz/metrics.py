@@ -17,7 +17,7 @@ set add up.
 import hashlib
 from collections.abc import Sequence
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer, Num
 from torch import Tensor
 
-from .checks import check_whole
+from .checks import check_choice, check_whole
 
 __all__ = [
     "IOUS",
@@ -132,8 +132,7 @@ def box_ious(
     Raises:
         ValueError: A box ends before it begins.
     """
-    if convention not in get_args(BoxConvention):
-        raise ValueError(f"expected `convention` in {get_args(BoxConvention)}, got {convention!r}")
+    check_choice("convention", convention, BoxConvention)
     a, b = _box_array(a)[:, None], _box_array(b)[None]
     extra = 1 if convention == "plus_one" else 0
     shared = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])

@@ -9,12 +9,14 @@ target, and :math:`q^c_j = \sigma(\hat F^c_j)` what the integral model says. Sha
 The maps of a whole data set are kept by :class:`attnviz.memory.AttentionMemory`.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import interpolate, logsigmoid
+
+from .checks import check_choice
 
 __all__ = [
     "Reduction",
@@ -260,8 +262,7 @@ def hybrid_loss(
 def _reduce(
     loss: Float[Tensor, "b k h w"], inside: Bool[Tensor, "b k h w"], reduction: Reduction
 ) -> Float[Tensor, ""]:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"expected `reduction` in {get_args(Reduction)}, got {reduction!r}")
+    check_choice("reduction", reduction, Reduction)
     together = (2, 3) if reduction == "thesis" else (1, 2, 3)
     mean = (loss * inside).sum(dim=together) / inside.sum(dim=together).clamp_min(1)
     return mean.sum() / len(loss)

@@ -6,10 +6,12 @@ torch.fx and run piece by piece, so nothing is hooked: the model stays as it was
 threads may use one :class:`Staged`, and an in-place layer can't spoil what is kept.
 """
 
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .checks import check_number, check_size, check_whole, shown
 from .files import first_line
 from .graphs import OUTPUT, CutNetwork, cut_network, input_channels
 from .images import network_size, to_pixels
@@ -101,6 +104,7 @@ class Staged:
         Returns:
             The pieces of the forward pass.
         """
+        self._check_images(images)
         numbers = self.check_stages(stages)
         names = [self._parts.stages[number - 1] for number in numbers]
         with torch.inference_mode(False), torch.enable_grad():
@@ -137,10 +141,13 @@ class Staged:
         """Returns the number of a class given by its number or name.
 
         Raises:
+            TypeError: It is neither.
             ValueError: No class, or more than one, has this name; the nearest are listed.
         """
         names = self.class_names
-        if isinstance(name, int) or re.fullmatch(r"-?\d+", name):
+        if not isinstance(name, str | Integral) or isinstance(name, bool):
+            raise TypeError(f"expected a class as a number or a name, got {shown(name)}")
+        if isinstance(name, Integral) or re.fullmatch(r"-?\d+", name):
             number = int(name)
             if number < 0 or (names is not None and number >= len(names)):
                 last = f" to {len(names) - 1}" if names else ""
@@ -160,9 +167,11 @@ class Staged:
             )
         near = get_close_matches(name.lower(), lowered, n=3, cutoff=0.4)
         near += [each for each in lowered if name.lower() in each and each not in near][:3]
-        shown = ", ".join(f"{names[lowered.index(each)]} ({lowered.index(each)})" for each in near)
+        nearest = ", ".join(
+            f"{names[lowered.index(each)]} ({lowered.index(each)})" for each in near
+        )
         raise ValueError(
-            f"expected a class of {self.name}, got {name!r}; the nearest are {shown or 'none'}"
+            f"expected a class of {self.name}, got {name!r}; the nearest are {nearest or 'none'}"
         )
 
     def probabilities(self, scores: Tensor) -> Tensor:
@@ -179,13 +188,17 @@ class Staged:
         count = len(self._parts.stages)
         if stages is None:
             return tuple(range(1, count + 1))
-        if isinstance(stages, str | int):
-            raise TypeError(f"expected `stages` as a list such as [4, 5], got {stages!r}")
-        numbers = tuple(sorted({int(stage) for stage in stages}))
+        if isinstance(stages, str) or not isinstance(stages, Iterable):
+            raise TypeError(f"expected `stages` as a list such as [4, 5], got {shown(stages)}")
+        stages = list(stages)
+        if not all(isinstance(each, Integral) and not isinstance(each, bool) for each in stages):
+            raise TypeError(f"expected `stages` as whole numbers, got {shown(stages)}")
+        stages = list(map(int, stages))
+        numbers = tuple(sorted(set(stages)))
         if not numbers or numbers[0] < 1 or numbers[-1] > count:
             raise ValueError(
                 f"expected `stages` from 1 to {count} ({self.name} has {count}), "
-                f"got {list(stages)}; 1 is the shallowest"
+                f"got {stages}; 1 is the shallowest"
             )
         return numbers
 
@@ -318,8 +331,8 @@ def staged(
         The staged network.
 
     Raises:
-        TypeError: The model is not a network that can be cut.
-        ValueError: A cut does not exist.
+        TypeError: The model is not a network that can be cut, or an argument is of another type.
+        ValueError: A cut does not exist, or a number is out of range.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -328,19 +341,29 @@ def staged(
         ('relu', 'layer1', 'layer2', 'layer3', 'layer4')
     """
     model = _unwrap(model)
-    image_size = image_size if isinstance(image_size, int) else tuple(image_size)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = image_size
+    if not isinstance(image_size, Sequence):
+        side = image_size = check_whole("image_size", image_size, 1)
+        size = (side, side)
+    check_size("image_size", size)
+    image_size = image_size if isinstance(image_size, int) else tuple(map(int, image_size))
     channels = input_channels(model) or 3
     usual = _IMAGENET.get(channels, ((0.0,) * channels, (1.0,) * channels))
     mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
+    mean, std = _numbers("mean", mean, -math.inf), _numbers("std", std, 1e-12)
     if not len(mean) == len(std) == channels:
         raise ValueError(
             f"expected {channels} numbers in `mean` and in `std`, one for each channel of the "
             f"images, got {len(mean)} and {len(std)}"
         )
+    if isinstance(class_names, str) or not isinstance(class_names, Iterable | None):
+        raise TypeError(f"expected `class_names` as a list of names, got {shown(class_names)}")
+    if not isinstance(multilabel, bool):
+        raise TypeError(f"expected `multilabel` True or False, got {shown(multilabel)}")
     net = Staged(model, cut_network(model, cuts, size))
     net.name = name or type(model).__name__
-    net.image_size, net.mean, net.std = image_size, tuple(mean), tuple(std)
+    net.image_size = image_size
+    net.mean, net.std = mean, std
     net.class_names = tuple(class_names) if class_names is not None else None
     net.multilabel = multilabel
     net.provenance = dict(provenance or {"weights": "the model's own"})
@@ -354,6 +377,16 @@ def check_network(net: object) -> None:
             "expected a network from attnviz.staged or attnviz.load_network, got "
             f"{type(net).__name__}; attnviz.staged(model) makes one"
         )
+
+
+def _numbers(name: str, values: object, least: float) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected `{name}` as a list of numbers, got {shown(values)}") from None
+    for number in numbers:
+        check_number(name, number, least)
+    return numbers
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

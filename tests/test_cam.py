@@ -292,3 +292,21 @@ def test_maps_can_be_differentiated_and_leave_their_arguments(method, generator)
     assert torch.equal(activation, kept[0])
     assert torch.equal(gradient, kept[1])
     assert torch.autograd.gradcheck(method, [each.requires_grad_() for each in kept])
+
+
+@pytest.mark.parametrize("name", sorted(cam.METHODS))
+def test_of_two_types_the_more_exact_counts(pair, name):
+    activation, gradient = pair
+    exact = cam.METHODS[name](activation, gradient.float())
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact, cam.METHODS[name](activation, gradient.float().double()))
+    other = cam.METHODS[name](activation.bfloat16(), gradient.float())
+    assert other.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", sorted(cam.METHODS))
+def test_activation_and_gradient_have_one_shape(untyped, pair, name):
+    activation, gradient = pair
+    for wrong in (gradient[:, :, :1, :1], gradient[:1], gradient[0]):
+        with pytest.raises(ValueError, match="expected activation and gradient of one shape"):
+            cam.METHODS[name](activation, wrong)

@@ -225,3 +225,16 @@ def test_lab_serves_the_chapters(tmp_path):
     settings = json.loads(found.stdout)
     folder = Path(settings["ServerApp"]["root_dir"])
     assert folder.samefile(Path(cli.__file__).parent.parent / "notebooks")
+
+
+@pytest.mark.parametrize("command", ["tree", "play", "table"])
+def test_pages_are_html(photo, tmp_path, capsys, command):
+    given = {
+        "tree": [photo, "--network", "scenes_fc"],
+        "play": [networks.bundled_folder() / "runs" / "oaa"],
+        "table": ["all", "--data", "scenes"],
+    }
+    page = tmp_path / "page.pdf"
+    assert main([command, *map(str, given[command]), "--out", str(page)]) == 2
+    assert "expected --out as .html, got" in capsys.readouterr().err
+    assert not page.exists()

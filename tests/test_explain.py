@@ -275,7 +275,7 @@ def test_other_outputs_ask_for_a_function(tiny, images):
         ({"class_ids": lambda s: s[:, 0].detach()}, "to depend on the stages.*detach it"),
         ({"class_ids": lambda s: s}, r"one value per image \(3,\), got \(3, 4\)"),
         ({"methods": ("gradcam++",)}, r"expected `methods` in \('layercam'.*got 'gradcam\+\+'"),
-        ({"methods": ()}, "got 'none'"),
+        ({"methods": ()}, "got none"),
         ({"gradient_at": "relu"}, "expected `gradient_at` in"),
         ({"stages": [4]}, r"`stages` from 1 to 3 .* got \[4\]"),
     ],

@@ -1,6 +1,8 @@
 """Public functions meet any numbers: a result as documented, or one clear line."""
 
 import math
+from fractions import Fraction
+from typing import get_args
 
 import hypothesis.strategies as st
 import jaxtyping
@@ -62,6 +64,7 @@ def _answer(function, *arguments, **named):
         said = str(error.args[0])
         assert said.startswith("expected "), said
         assert said.isprintable()
+        assert len(said) < 400
         return None
 
 
@@ -111,7 +114,7 @@ def test_fusion_says_what_it_cannot_fuse(maps, size, gamma):
 @few
 @given(
     tensors((0, 6), (0, 6), dtypes=FLOATS + OTHERS, wild=True),
-    st.sampled_from(localize.get_args(localize.Rule)),
+    st.sampled_from(get_args(localize.Rule)),
     st.sampled_from([0, 0.15, 0.5, 0.999, 1, -0.1, math.nan, "a", None]),
     st.sampled_from([None, (7, 9), (1, 1), (0, 4), (3, "a"), 5]),
 )
@@ -522,3 +525,62 @@ def test_a_network_that_is_not_cut_is_named(net):
         message = "expected a network from attnviz.staged .* got Tiny; attnviz.staged"
         with pytest.raises(TypeError, match=message):
             call(net.model, *arguments)
+
+
+@pytest.mark.parametrize(
+    "call", [stage_maps, scorecam, excitation_backprop, probes.gradient_variance, *WAYS]
+)
+@pytest.mark.parametrize(
+    "image", [None, "cat.jpg", np.zeros((1, 3, 8, 8)), [torch.zeros(3, 8, 8)]]
+)
+def test_what_is_no_tensor_is_named(net, call, image):
+    with pytest.raises(TypeError, match=r"expected images as a tensor \(b, c, h, w\), got"):
+        call(net, image)
+
+
+def test_numbers_of_numpy_and_fractions_count(net):
+    images = torch.linspace(-2, 2, 3 * 64).reshape(1, 3, 8, 8)
+    for way, (options, _) in WAYS.items():
+        odd = {name: np.int64(value) for name, value in options.items()}
+        odd |= {"seed": np.int64(0)} if "seed" in WAYS[way][1] else {}
+        odd |= {"batch_size": np.int64(2)} if "batch_size" in WAYS[way][1] else {}
+        torch.testing.assert_close(way(net, images, 1, **odd), way(net, images, 1, **options))
+    half = masks.rise(net, images, 1, masks=3, keep=Fraction(1, 2))
+    assert torch.equal(half, masks.rise(net, images, 1, masks=3))
+
+
+@few
+@given(
+    value=st.sampled_from((
+        None, 1.5, "a", True, [None], ["x"], [1.7], 4.0, np.ones((2, 3)), torch.ones(2, 3), {1: 2},
+        math.nan, Fraction(1, 3),
+    )),
+)  # fmt: skip
+def test_any_argument_is_answered_or_refused_in_a_short_line(net, value):
+    images = torch.linspace(-2, 2, 3 * 64).reshape(1, 3, 8, 8)
+    maps = torch.ones(1, 8, 8)
+    for function, arguments, names in (
+        (stage_maps, (images,), ("class_ids", "methods", "stages", "gradient_at", "precision")),
+        (scorecam, (images,), ("class_ids", "stages", "form", "batch_size", "channels")),
+        (probes.deletion_curves, (images, 1), ("maps",)),
+        (probes.deletion_curves, (images, 1, maps), ("steps", "fill", "canvas", "batch_size")),
+        (probes.occlude, (images, maps), ("threshold", "fill")),
+        (probes.occlude, (images,), ("maps",)),
+        (probes.occlusion_table, (images,), ("class_ids",)),
+        (saliency.deeplift, (images,), ("class_ids", "baseline")),
+        (saliency.smoothgrad, (images,), ("generator", "samples", "noise")),
+    ):
+        for name in names:
+            named = {name: value}
+            if function is saliency.smoothgrad and name != "samples":
+                named["samples"] = 2
+            if function is probes.occlusion_table:
+                named["maps"] = maps
+            _answer(function, net, *arguments, **named)
+    model = Tiny()
+    for name in ("cuts", "image_size", "mean", "std", "class_names", "multilabel"):
+        _answer(attnviz.staged, model, **{name: value})
+    for function in (net.class_id, net.check_stages):
+        _answer(function, value)
+    _answer(cam.fuse, [maps.numpy(), value])
+    _answer(cam.scale, maps, "tanh", value)

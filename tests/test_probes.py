@@ -220,7 +220,7 @@ def test_bad_arguments_say_what_is_expected(net, tiny, images, maps, untyped):
         gradient_variance(net, images, [0, 1, 2, 3, 0, -1])
     with pytest.raises(ValueError, match="classes from 0 to 3, got 7"):
         occlusion_table(net, images, [0, 1, 2, 3, 0, 7], maps)
-    with pytest.raises(ValueError, match="6 class ids, got"):
+    with pytest.raises(ValueError, match="expected 6 classes in `class_ids`, got"):
         occlusion_table(net, images, [0, 1], maps)
     tiny.fc = nn.Linear(6, 1).double()
     with pytest.raises(ValueError, match=r"scores \(6, classes\), got \(6, 1\)"):

@@ -307,3 +307,19 @@ def test_half_precision_learns_the_mask_of_full_precision(images, dtype):
     assert found.dtype == dtype
     assert expected.std() > 0.1
     torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_images_have_any_number_of_channels(channels, generator):
+    parts = nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    net = staged(nn.Sequential(*parts), ["1"], image_size=12)
+    images = torch.rand(2, channels, 12, 12, generator=generator)
+    for call in CALLS.values():
+        assert call(net, images).shape == (2, 12, 12)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_map_does_not_depend_on_the_images_beside(net, images, call):
+    if call is CALLS["difference"]:
+        images = images[:1].expand(3, -1, -1, -1).clone()  # whose others are the images
+    torch.testing.assert_close(call(net, images, 1)[1:2], call(net, images[1:2], 1))

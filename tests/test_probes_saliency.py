@@ -2,6 +2,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_stages import _trace
 from torch import nn
 from torch.nn.functional import relu
@@ -157,6 +158,10 @@ def test_bad_arguments_say_what_is_expected(net, images, untyped):
         integrated_gradients(net, images, steps=0)
     with pytest.raises(TypeError, match="`steps` as a whole number, got nan"):
         integrated_gradients(net, images, steps=float("nan"))
+    with pytest.raises(ValueError, match="got Tensor of shape \\(3, 3, 16, 16\\)$"):
+        deeplift(net, images, baseline=images)
+    with pytest.raises(TypeError, match="`generator` as a torch.Generator, got 5"):
+        smoothgrad(net, images, generator=5)
     for method in (gradient, deeplift, guided_backprop, smoothgrad, integrated_gradients):
         with pytest.raises(TypeError, match=r"expected images as a tensor \(b, c, h, w\)"):
             method(net, images.numpy())
@@ -199,6 +204,14 @@ class _Block(nn.Module):
             x.relu_()
         elif self.way == "keyword":
             x = torch.relu(input=x)
+        elif self.way == "unbatched pool":
+            x = nn.functional.max_pool2d(x.flatten(0, 1), 3, 1, 1).unflatten(0, (-1, 4)).relu()
+        elif self.way == "pool and places":
+            x = nn.functional.max_pool2d(x, 3, 1, 1, return_indices=True)[0].relu()
+        elif self.way == "checkpoint":
+            x = torch.utils.checkpoint.checkpoint(torch.relu, x, use_reentrant=False)
+        elif self.way == "split":
+            x = torch.cat([each.relu() for each in x.split(1)])
         elif self.way == "pool":
             x = nn.functional.max_pool2d(x, 3, 1, 1).relu()
         elif self.way == "pool in place":
@@ -223,7 +236,11 @@ def _around(block):
 
 @pytest.mark.parametrize(
     "ways",
-    [["result", "module", "method", "keyword"], ["pool", "pool in place"], ["leaky", "in place"]],
+    [
+        ["result", "module", "method", "keyword"],
+        ["pool", "pool in place", "unbatched pool", "pool and places"],
+        ["leaky", "in place"],
+    ],
 )
 def test_an_activation_function_may_work_in_place(images, ways):
     expected = None
@@ -252,6 +269,28 @@ def test_deeplift_has_a_rule_for_each_activation_function(images, module):
     net = _around(lambda: module)
     found = deeplift(net, images, [0, 1, 2]).sum((1, 2, 3))
     torch.testing.assert_close(found, (net(images) - net(0 * images))[range(3), range(3)])
+
+
+def test_a_network_that_is_not_seen_whole_is_refused(images):
+    for method in (guided_backprop, deconvnet, deeplift):
+        with pytest.raises(ValueError, match="expected a network that keeps its activations"):
+            method(_around(lambda: _Block("checkpoint")), images)
+    with pytest.raises(ValueError, match="expected a network that keeps a batch together"):
+        deeplift(_around(lambda: _Block("split")), images)
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_deeplift_does_not_depend_on_the_unit_of_activations(images, factor):
+    def made(factor):
+        net = _around(lambda: _Block("pool"))
+        net.model.first.weight.data *= factor
+        net.model.first.bias.data *= factor
+        net.model.block.conv.bias.data *= factor
+        net.model.last.weight.data /= factor
+        return net
+
+    expected = deeplift(made(1), images, [0, 1, 2])
+    torch.testing.assert_close(deeplift(made(factor), images, [0, 1, 2]), expected)
 
 
 def test_what_needs_a_gradient_gets_no_graph(net, images):

@@ -12,8 +12,9 @@ The folder, as its archive unpacks, with one picture a line and a number for eac
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
+from ..checks import check_choice
 from .folder import Box, LabeledImages, Problems, check_limit, collect, fit_all, read_lines
 
 __all__ = ["load_cub"]
@@ -37,8 +38,7 @@ def load_cub(
         FileNotFoundError: The folder or one of its lists is not there.
         ValueError: `split` is unknown, or a list has another format.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"expected `split` in {get_args(Split)}, got {split!r}")
+    check_choice("split", split, Split)
     check_limit(limit)
     folder = _folder(Path(root))
     problems = Problems()

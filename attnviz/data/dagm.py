@@ -12,8 +12,9 @@ The ten surfaces are not the classes: as in the thesis (3.4.3) the only class is
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from ..checks import check_choice
 from .folder import SUFFIXES, Problems, check_limit, list_names, read_lines
 from .masks import MaskedImages, read_region
 
@@ -43,8 +44,7 @@ def load_dagm(
         FileNotFoundError: No pictures of this split are there.
         ValueError: `split` is unknown.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"expected `split` in {get_args(Split)}, got {split!r}")
+    check_choice("split", split, Split)
     check_limit(limit)
     folder = _folder(Path(root))
     problems = Problems()

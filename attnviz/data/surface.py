@@ -19,8 +19,9 @@ import re
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from ..checks import check_choice
 from .dagm import evenly
 from .folder import Problems, check_limit, list_pictures
 from .masks import MaskedImages, read_region
@@ -52,8 +53,7 @@ def load_magnetic_tile(
         FileNotFoundError: The folder or its pictures are not there.
         ValueError: `split` is unknown.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"expected `split` in {get_args(Split)}, got {split!r}")
+    check_choice("split", split, Split)
     check_limit(limit)
     root = Path(root)
     problems, rows = Problems(), []

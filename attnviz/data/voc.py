@@ -15,12 +15,13 @@ Masks may be palette pictures, as published, grey ones, or RGB in VOC's colors.
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
 from tqdm import tqdm
 
+from ..checks import check_choice
 from .folder import Problems, check_limit, list_names, read_lines
 from .masks import MaskedImages, read_label_picture
 
@@ -85,8 +86,7 @@ def read_voc(
 ) -> MaskedImages:
     """Does the work of :func:`load_voc`; `problems` has what was found also if that raises."""
     for name, value, choices in (("labels", labels, Labels), ("masks", masks, Masks)):
-        if value not in get_args(choices):
-            raise ValueError(f"expected `{name}` in {get_args(choices)}, got {value!r}")
+        check_choice(name, value, choices)
     check_limit(limit)
     folder = find_voc(Path(root))
     listed = _find_list(folder, split)

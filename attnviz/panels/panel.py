@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.resources import files
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -317,9 +317,11 @@ def _choose_classes(net: Staged, scores: list[float], asked: ClassId, classes: i
     # The classes asked for, then the best scoring ones, `classes` of them.
     if asked is None:
         asked = []
-    elif isinstance(asked, str | Integral):
+    elif isinstance(asked, Tensor | np.ndarray):
+        asked = np.atleast_1d(np.asarray(asked)).tolist()
+    elif isinstance(asked, str) or not isinstance(asked, Sequence):
         asked = [asked]
-    numbers = [net.class_id(each if isinstance(each, str) else int(each)) for each in asked]
+    numbers = [net.class_id(each) for each in asked]
     best = sorted(range(len(scores)), key=lambda number: -scores[number])[: max(classes, 1)]
     return list(dict.fromkeys(numbers)) + [number for number in best if number not in numbers]
 

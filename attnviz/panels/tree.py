@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby, islice
-from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -723,7 +722,7 @@ def explore_evidence(
     at = index if isinstance(index, int) and 0 <= index < len(images) else 0
     asked = class_ids[at]
     shown = 1
-    if not (asked is None or isinstance(asked, str | Integral)):
+    if isinstance(asked, Sequence) and not isinstance(asked, str):
         shown = min(len({net.class_id(each) for each in asked}), 2)
     if "class_id" not in settings:
         settings.setdefault("class_ids", [number for number, *_ in entries[at][:shown]])

@@ -8,7 +8,7 @@ each copy of the network differs from the original in one channel, so only that 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from ..checks import check_choice
 from ..crops import (
     Forward,
     Neuron,
@@ -76,8 +77,7 @@ def ablate(
     References:
         Thesis section 5.3.1.1.
     """
-    if fill not in get_args(AblationFill):
-        raise ValueError(f"expected `fill` in {get_args(AblationFill)}, got {fill!r}")
+    check_choice("fill", fill, AblationFill)
     if batch_size < 1:
         raise ValueError(f"expected `batch_size` of at least 1, got {batch_size}")
     forward = image if isinstance(image, Forward) else run(net, image)

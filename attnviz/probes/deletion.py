@@ -7,7 +7,6 @@ they are taken on are unlike any that the network was trained on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import pandas as pd
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..cam import normalize, resize
+from ..checks import check_choice, check_whole
 from ..stages import Staged
 from .occlusion import Fill, _check_maps, _chosen, _filling
 
@@ -82,12 +82,10 @@ def deletion_curves(
         RISE: Randomized Input Sampling for Explanation of Black-box Models (Petsiuk et al.,
         2018), https://arxiv.org/abs/1806.07421.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"expected `{name}` of at least 1, got {value}")
+    steps = check_whole("steps", steps, 1)
+    batch_size = check_whole("batch_size", batch_size, 1)
     for name, value in (("fill", fill), ("canvas", canvas)):
-        if value not in get_args(Fill):
-            raise ValueError(f"expected `{name}` in {get_args(Fill)}, got {value!r}")
+        check_choice(name, value, Fill)
     _check_maps(net, images, maps)
     values = _sized(maps, images)
     ids = _chosen(net, images, class_ids)

@@ -5,13 +5,14 @@ Symbols: :math:`y` is a class score, :math:`F` a stage's activation, :math:`x` a
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import check_choice
 from ..gap import attention
 from ..stages import Staged
 from .intervene import StageModel, intervene
@@ -64,8 +65,7 @@ def channel_importance(
         Influence-Directed Explanations (Leino et al., 2018), https://arxiv.org/abs/1802.03788;
         thesis figure 5.9.
     """
-    if method not in get_args(Importance):
-        raise ValueError(f"expected `method` in {get_args(Importance)}, got {method!r}")
+    check_choice("method", method, Importance)
     net.check_stages([stage])
     with torch.inference_mode(False), torch.enable_grad():
         if method == "lrp":

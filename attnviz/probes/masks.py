@@ -7,7 +7,6 @@ one class for image :math:`x` (softmax over the classes; sigmoid for a network o
 """
 
 from collections.abc import Callable
-from typing import get_args
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..checks import check_number, check_seed, check_whole
+from ..checks import check_choice, check_number, check_seed, check_whole
 from ..labels import superpixels
 from ..stages import Staged
 from .deletion import _probability
@@ -69,9 +68,8 @@ def sliding_occlusion(
     """
     ids = _chosen(net, images, class_ids)
     rows, columns = _windows(images, size, stride)
-    if fill not in get_args(Fill):
-        raise ValueError(f"expected `fill` in {get_args(Fill)}, got {fill!r}")
-    check_whole("batch_size", batch_size, 1)
+    check_choice("fill", fill, Fill)
+    batch_size = check_whole("batch_size", batch_size, 1)
     covers = _filling(net, images, fill).expand_as(images)
 
     def cover(image: Tensor, place: Tensor) -> Tensor:
@@ -132,7 +130,7 @@ def prediction_difference(
     if not others.is_floating_point() or not others.isfinite().all():
         raise ValueError("expected `others` normalized as `images`, without NaN and infinity")
     rows, columns = _windows(images, size, stride)
-    check_whole("batch_size", batch_size, 1)
+    batch_size = check_whole("batch_size", batch_size, 1)
     others = others.to(images)
 
     def replace(image: Tensor, state: Tensor) -> Tensor:
@@ -191,10 +189,9 @@ def rise(
         2018), https://arxiv.org/abs/1806.07421.
     """
     ids = _chosen(net, images, class_ids)
-    for name, value in (("masks", masks), ("grid", grid), ("batch_size", batch_size)):
-        check_whole(name, value, 1)
-    check_number("keep", keep, 0.001, 0.999)
-    check_seed(seed)
+    masks, grid = check_whole("masks", masks, 1), check_whole("grid", grid, 1)
+    batch_size, seed = check_whole("batch_size", batch_size, 1), check_seed(seed)
+    keep = check_number("keep", keep, 0.001, 0.999)
     size = images.shape[-2:]
     cell = [-(-side // grid) for side in size]
     generator = torch.Generator().manual_seed(seed)
@@ -270,22 +267,22 @@ def lime(
         2016), https://arxiv.org/abs/1602.04938.
     """
     ids = _chosen(net, images, class_ids)
-    for name, value in (("regions", regions), ("samples", samples), ("batch_size", batch_size)):
-        check_whole(name, value, 1)
-    check_number("width", width, 0.001, 1000)
-    check_number("ridge", ridge, 0, 1e6)
-    check_seed(seed)
-    if fill not in get_args(Fill):
-        raise ValueError(f"expected `fill` in {get_args(Fill)}, got {fill!r}")
+    regions, samples = check_whole("regions", regions, 1), check_whole("samples", samples, 1)
+    batch_size, seed = check_whole("batch_size", batch_size, 1), check_seed(seed)
+    width = check_number("width", width, 0.001, 1000)
+    ridge = check_number("ridge", ridge, 0, 1e6)
+    check_choice("fill", fill, Fill)
     mean, std = (images.new_tensor(part)[:, None, None] for part in (net.mean, net.std))
     pictures = ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    if pictures.shape[-1] != 3:
+        pictures = pictures.float().mean(dim=-1, keepdim=True).byte().expand(-1, -1, -1, 3)
     covers = _filling(net, images, fill).expand_as(images)
-    generator = torch.Generator().manual_seed(seed)
     maps = []
     with tqdm(
         desc="LIME", total=samples * len(images), unit="sample", delay=2, disable=not progress
     ) as bar:
         for row, picture in enumerate(pictures.cpu().numpy()):
+            generator = torch.Generator().manual_seed(seed)  # so that images do not mix
             region = torch.from_numpy(superpixels(picture, count=regions))
             shown = torch.rand(samples, int(region.max()) + 1, generator=generator) < 0.5
             shown[0] = True
@@ -346,13 +343,10 @@ def meaningful_perturbation(
         2017), https://arxiv.org/abs/1704.03296.
     """
     ids = _chosen(net, images, class_ids)
-    for name, value in (("grid", grid), ("steps", steps)):
-        check_whole(name, value, 1)
-    for name, value in (("area", area), ("smoothness", smoothness)):
-        check_number(name, value, 0, 1e6)
-    check_seed(seed)
-    if fill not in get_args(Fill):
-        raise ValueError(f"expected `fill` in {get_args(Fill)}, got {fill!r}")
+    grid, steps = check_whole("grid", grid, 1), check_whole("steps", steps, 1)
+    area = check_number("area", area, 0, 1e6)
+    smoothness, seed = check_number("smoothness", smoothness, 0, 1e6), check_seed(seed)
+    check_choice("fill", fill, Fill)
     height, width = images.shape[-2:]
     generator = torch.Generator().manual_seed(seed)
     bar = tqdm(desc="mask", total=steps, unit="step", delay=2, disable=not progress)
@@ -384,12 +378,10 @@ def meaningful_perturbation(
 def _windows(images: Tensor, size: int | None, stride: int | None) -> tuple[Tensor, Tensor]:
     # Which rows (n, h) and which columns (n, w) each square covers.
     short = min(images.shape[-2:])
-    size = max(1, short // 5) if size is None else size
-    check_whole("size", size, 1)
+    size = check_whole("size", max(1, short // 5) if size is None else size, 1)
     if size > short:
         raise ValueError(f"expected `size` of at most the short side, {short}, got {size}")
-    stride = max(1, size // 2) if stride is None else stride
-    check_whole("stride", stride, 1)
+    stride = check_whole("stride", max(1, size // 2) if stride is None else stride, 1)
     if stride > size:
         raise ValueError(
             f"expected `stride` of at most `size`, {size}, so that each pixel is covered, "

@@ -6,7 +6,7 @@ gradient of one class score, :math:`M` an attention map; ``b`` images, ``c`` cha
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from ..cam import normalize, resize
+from ..checks import check_choice, shown
 from ..metrics import class_ranks
 from ..stages import Staged, check_network
 
@@ -50,12 +51,13 @@ def occlude(
         The covered images. An image whose map has no positive value stays as it is.
 
     Raises:
-        ValueError: `threshold` or `fill` is out of range, or there is not one map per image.
+        TypeError: An argument is of another type.
+        ValueError: `threshold` or `fill` is out of range, images or maps are not finite, or there
+            is not one map per image.
     """
     if not isinstance(threshold, Real) or not 0 < threshold <= 1:
-        raise ValueError(f"expected `threshold` in (0, 1], got {threshold!r}")
-    if fill not in get_args(Fill):
-        raise ValueError(f"expected `fill` in {get_args(Fill)}, got {fill!r}")
+        raise ValueError(f"expected `threshold` in (0, 1], got {shown(threshold)}")
+    check_choice("fill", fill, Fill)
     _check_maps(net, images, maps)
     covered = _covered(maps.to(images), images.shape[-2:], threshold)
     return torch.where(covered[:, None], _filling(net, images, fill), images)
@@ -91,8 +93,8 @@ def occlusion_table(
         Thesis section 3.4.2, after Visualizing and Understanding Convolutional Networks (Zeiler
         and Fergus, 2014), https://arxiv.org/abs/1311.2901.
     """
-    ids = torch.as_tensor(class_ids, dtype=torch.long)
     covered = occlude(net, images, maps, threshold, fill)
+    ids = _chosen(net, images, class_ids).cpu()
     area = _covered(maps.to(images), images.shape[-2:], threshold).double().mean(dim=(1, 2))
     columns = {"class_id": ids.tolist(), **_classify(net, images, ids), "area": area.tolist()}
     columns |= {f"{name}_covered": v for name, v in _classify(net, covered, ids).items()}
@@ -135,7 +137,11 @@ def occlusion_scores(table: pd.DataFrame) -> pd.DataFrame:
 def _check_maps(net: Staged, images: Tensor, maps: Tensor) -> None:
     check_network(net)
     net._check_images(images)
-    if len(maps) != len(images):
+    if not images.isfinite().all():
+        raise ValueError("expected images without NaN and infinity")
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"expected maps as a tensor (b, h, w), got {type(maps).__name__}")
+    if maps.ndim and len(maps) != len(images):
         raise ValueError(f"expected one map per image, got {len(maps)} for {len(images)}")
     if maps.ndim != 3 or not maps.numel():
         raise ValueError(f"expected maps of shape (b, h, w), got {tuple(maps.shape)}")
@@ -144,7 +150,7 @@ def _check_maps(net: Staged, images: Tensor, maps: Tensor) -> None:
 
 
 def _covered(maps: Tensor, size: torch.Size, threshold: float) -> Tensor:
-    return normalize(resize(maps, tuple(size))) >= threshold
+    return normalize(resize(maps, tuple(size))) >= float(threshold)
 
 
 def _filling(net: Staged, images: Tensor, fill: Fill) -> Tensor:
@@ -279,7 +285,7 @@ def _class_ids(scores: Tensor, class_ids: ClassIds) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         ids = None
     if ids is None or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise TypeError(f"expected `class_ids` as whole numbers, got {class_ids!r}")
+        raise TypeError(f"expected `class_ids` as whole numbers, got {shown(class_ids)}")
     ids = ids.long()
     if ids.shape != (count,):
         raise ValueError(f"expected {count} classes in `class_ids`, got {tuple(ids.shape)}")

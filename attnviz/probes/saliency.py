@@ -6,15 +6,16 @@ score, :math:`x` an image, :math:`x'` a baseline.
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
-from ..checks import check_number, check_whole
+from ..checks import check_choice, check_number, check_whole, shown
 from ..stages import Staged, check_network
 from .occlusion import ClassIds, _check_scores, _chosen, _class_ids
 
@@ -64,8 +65,7 @@ def gradient(
         leaf = images.detach().clone().requires_grad_()
         scores = _check_scores(net.activations(leaf)[1], len(leaf))
         ids = _class_ids(scores.detach(), class_ids).clone()  # not one of inference_mode
-        picked = scores.gather(1, ids[:, None])
-        return torch.autograd.grad(picked.sum(), leaf)[0]
+        return _gradient(scores.gather(1, ids[:, None]), leaf)
 
 
 def smoothgrad(
@@ -88,7 +88,8 @@ def smoothgrad(
         class_ids: See :func:`gradient`; chosen on the images without noise.
         samples: Noisy copies of each image; one batch for each.
         noise: :math:`\sigma`, a share of the range of each image, from 0 to 100.
-        generator: Where the noise comes from; seed 0 if None.
+        generator: Where the noise comes from; seed 0 if None. It runs on through the batch: an
+            image alone gets other noise.
 
     Returns:
         The mean gradient.
@@ -101,10 +102,12 @@ def smoothgrad(
         SmoothGrad: Removing Noise by Adding Noise (Smilkov et al., 2017),
         https://arxiv.org/abs/1706.03825.
     """
-    check_whole("samples", samples, 1)
-    check_number("noise", noise, 0, 100)
+    samples, noise = check_whole("samples", samples, 1), check_number("noise", noise, 0, 100)
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"expected `generator` as a torch.Generator, got {shown(generator)}")
     ids = _chosen(net, images, class_ids)
-    generator = generator or torch.Generator(images.device).manual_seed(0)
+    if generator is None:
+        generator = torch.Generator(images.device).manual_seed(0)
     width = noise * (images.amax((1, 2, 3), True) - images.amin((1, 2, 3), True))
     total = torch.zeros_like(images)
     for _ in range(samples):
@@ -150,7 +153,7 @@ def integrated_gradients(
     """
     from captum.attr import IntegratedGradients
 
-    check_whole("steps", steps, 1)
+    steps = check_whole("steps", steps, 1)
     ids = _chosen(net, images, class_ids)
     start = _start(net, images, baseline)
     with torch.inference_mode(False), torch.enable_grad():
@@ -174,10 +177,12 @@ def deeplift(
     Rescale rule: an activation function passes back
     :math:`(f(u) - f(u')) / (u - u')` in place of its derivative, and a max-pooling passes the
     difference of its results to where the larger of both maxima lies. In a network of
-    convolutions, linear layers, batch normalization, average and max-poolings and the activation
-    functions of torch the sum over an image is :math:`y(x) - y(x')`. What else is not linear
-    keeps its gradient, and the sum is then another: layer and group normalization (ConvNeXt),
-    products of activations (squeeze and excitation, attention, GLU), ``softmax``, ``amax``.
+    convolutions, linear layers, batch normalization, average and max-poolings over places and the
+    activation functions of torch the sum over an image is :math:`y(x) - y(x')`. What else is not
+    linear keeps its gradient, and the sum is then another: layer and group normalization
+    (ConvNeXt), products of activations (squeeze and excitation, attention, GLU), ``softmax``,
+    ``amax``, and what TorchScript compiled, which can't be seen. Images must stay in the order of
+    the batch, in the first dimension.
 
     Args:
         net: A network with one score per class.
@@ -203,7 +208,7 @@ def deeplift(
         with _Rescaled():
             scores = net.activations(torch.cat([leaf, start]))[1][: len(leaf)]
         picked = scores.gather(1, ids.clone()[:, None])
-        found = torch.autograd.grad(picked.sum(), leaf)[0]
+        found = _gradient(picked, leaf)
     return found * (images.detach() - start)
 
 
@@ -213,8 +218,8 @@ def guided_backprop(
     """Computes the gradient with each ReLU passing back only what is positive.
 
     A ReLU passes :math:`g` where :math:`x > 0` and :math:`g > 0`. Modules, functions and
-    in-place forms of ReLU and ReLU6 are meant alike; other activation functions, and ``clamp``,
-    keep their gradient.
+    in-place forms of ReLU and ReLU6 are meant alike; other activation functions, ``clamp``, and
+    what TorchScript compiled keep their gradient.
 
     Args:
         net: A network with one score per class.
@@ -232,18 +237,8 @@ def guided_backprop(
         Striving for Simplicity: The All Convolutional Net (Springenberg et al., 2015),
         https://arxiv.org/abs/1412.6806.
     """
-    with GuidedReLUs():
+    with _GuidedReLUs():
         return gradient(net, images, class_ids)
-
-
-def _start(net: Staged, images: Tensor, baseline: Baseline) -> Tensor:
-    if baseline not in get_args(Baseline):
-        raise ValueError(f"expected `baseline` in {get_args(Baseline)}, got {baseline!r}")
-    start = torch.zeros_like(images)
-    if baseline == "black":
-        mean, std = (images.new_tensor(part)[:, None, None] for part in (net.mean, net.std))
-        start = (start - mean) / std
-    return start
 
 
 def deconvnet(
@@ -270,16 +265,31 @@ def deconvnet(
         Visualizing and Understanding Convolutional Networks (Zeiler and Fergus, 2014),
         https://arxiv.org/abs/1311.2901.
     """
-    with GuidedReLUs(deconvolution=True):
+    with _GuidedReLUs(deconvolution=True):
         return gradient(net, images, class_ids)
 
 
-class GuidedReLUs(TorchFunctionMode):
-    """Within it, every ReLU that runs passes back positive gradients only.
+def _gradient(picked: Tensor, leaf: Tensor) -> Tensor:
+    try:
+        return torch.autograd.grad(picked.sum(), leaf)[0]
+    except CheckpointError as error:
+        raise ValueError(
+            "expected a network that keeps its activations; switch checkpointing off"
+        ) from error
 
-    With `deconvolution` it does so where it is closed, too.
-    """
 
+def _start(net: Staged, images: Tensor, baseline: Baseline) -> Tensor:
+    check_choice("baseline", baseline, Baseline)
+    start = torch.zeros_like(images)
+    if baseline == "black":
+        mean, std = (images.new_tensor(part)[:, None, None] for part in (net.mean, net.std))
+        start = (start - mean) / std
+    return start
+
+
+class _GuidedReLUs(TorchFunctionMode):
+    # Within it, every ReLU passes back positive gradients only; with `deconvolution` it does so
+    # where it is closed, too.
     def __init__(self, deconvolution: bool = False) -> None:
         super().__init__()
         self.deconvolution = deconvolution
@@ -287,7 +297,6 @@ class GuidedReLUs(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        """Replaces the call of a ReLU."""
         kwargs = kwargs or {}
         top = _TOPS.get(func)
         if func is functional.hardtanh and kwargs.get("min_val") == 0:  # the module ReLU6
@@ -321,14 +330,19 @@ class _Rescaled(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
-        x, rest, named = _split(args, kwargs) if func in _RESCALED else (None, (), {})
+        if func not in _RESCALED:
+            return func(*args, **kwargs)
+        x, rest, named = _split(args, kwargs)
+        if len(x) % 2:
+            raise ValueError(
+                f"expected a network that keeps a batch together, got a part of {len(x)}"
+            )
         if func in _ELEMENTWISE:
             found = _Ratio.apply(x, lambda u: func(u, *rest, **named))
             return _put(found, x, func, kwargs)
-        if func in _POOLINGS and not named.pop("return_indices", False):
-            pool = _POOLINGS[func]
-            return _Winner.apply(x, lambda u: pool(u, *rest, **named, return_indices=True))
-        return func(*args, **kwargs)
+        named |= {"return_indices": True}
+        found, places = _Winner.apply(x, lambda u: _POOLINGS[func](u, *rest, **named))
+        return (found, places) if kwargs.get("return_indices") else found
 
 
 def _split(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
@@ -348,7 +362,9 @@ class _Ratio(torch.autograd.Function):
     def forward(
         context: torch.autograd.function.FunctionCtx, x: Tensor, function: Callable
     ) -> Tensor:
-        context.save_for_backward(x.clone())  # what comes next may work in place
+        # a copy, since what comes next may work in place; [None], so that checkpointing, which
+        # runs the plain function again, finds another shape and says so
+        context.save_for_backward(x.clone()[None])
         context.function = function
         return function(x.clone())
 
@@ -356,40 +372,45 @@ class _Ratio(torch.autograd.Function):
     def backward(
         context: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor, None]:
-        (whole,) = context.saved_tensors
+        whole = context.saved_tensors[0][0]
         with torch.enable_grad():
             leaf = whole.detach().requires_grad_()
             values = context.function(leaf.clone())
             slope = torch.autograd.grad(values.sum(), leaf)[0].chunk(2)[0]
         (x, start), (y, end) = whole.chunk(2), values.detach().chunk(2)
-        ratio = torch.where((x - start).abs() > _TINY, (y - end) / (x - start), slope)
+        ratio = torch.where(_apart(x, start), (y - end) / (x - start), slope)
         return gradient * torch.cat([ratio, torch.zeros_like(ratio)]), None
 
 
 class _Winner(torch.autograd.Function):
     # A max-pooling, which passes the difference to the larger of both maxima.
     @staticmethod
-    def forward(context: torch.autograd.function.FunctionCtx, x: Tensor, pool: Callable) -> Tensor:
+    def forward(
+        context: torch.autograd.function.FunctionCtx, x: Tensor, pool: Callable
+    ) -> tuple[Tensor, Tensor]:
         y, places = pool(x)
         context.save_for_backward(x, places)  # not y, where a ReLU may work in place
-        return y
+        context.mark_non_differentiable(places)
+        return y, places
 
     @staticmethod
     def backward(
-        context: torch.autograd.function.FunctionCtx, gradient: Tensor
+        context: torch.autograd.function.FunctionCtx, gradient: Tensor, _: Tensor
     ) -> tuple[Tensor, None]:
-        (x, start), (at, of_start) = (each.flatten(2).chunk(2) for each in context.saved_tensors)
-        y, end = x.gather(2, at), start.gather(2, of_start)
+        (x, start), (at, of_start) = (each.flatten(-2).chunk(2) for each in context.saved_tensors)
+        y, end = x.gather(-1, at), start.gather(-1, of_start)
         winner = torch.where(y >= end, at, of_start)
-        away = (x - start).gather(2, winner)
-        ratio = torch.where(away.abs() > _TINY, (y - end) / away, 1.0)
-        passed = gradient.flatten(2).chunk(2)[0] * ratio
-        found = torch.zeros_like(x).scatter_add(2, winner, passed)
+        one, other = x.gather(-1, winner), start.gather(-1, winner)
+        ratio = torch.where(_apart(one, other), (y - end) / (one - other), 1.0)
+        passed = gradient.flatten(-2).chunk(2)[0] * ratio
+        found = torch.zeros_like(x).scatter_add(-1, winner, passed)
         whole = torch.cat([found, torch.zeros_like(found)])
         return whole.reshape(context.saved_tensors[0].shape), None
 
 
-_TINY = 1e-6  # a difference below which the derivative takes the place of the ratio
+def _apart(x: Tensor, start: Tensor) -> Tensor:
+    # Whether two numbers differ by more than rounding, so that their difference may divide.
+    return (x - start).abs() > 8 * torch.finfo(x.dtype).eps * torch.maximum(x.abs(), start.abs())
 
 
 def _forms(*names: str) -> set[Callable]:
@@ -407,6 +428,8 @@ _TOPS = dict.fromkeys(_forms("relu"), torch.inf) | {functional.relu6: 6.0}  # la
 _POOLINGS = {
     functional.max_pool2d: functional.max_pool2d, torch.max_pool2d: functional.max_pool2d,
     functional.adaptive_max_pool2d: functional.adaptive_max_pool2d,
+    functional.max_pool2d_with_indices: functional.max_pool2d,
+    functional.adaptive_max_pool2d_with_indices: functional.adaptive_max_pool2d,
 }  # fmt: skip
 _ELEMENTWISE = _forms(
     "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish",

@@ -8,7 +8,7 @@ histograms.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm, trange
 
+from ..checks import check_choice
 from ..networks import FiveStage
 from ..stages import Staged, staged
 from ..tree import evidence
@@ -225,8 +226,7 @@ def randomized(
         ValueError: `mode` or the name of a layer does not exist.
         TypeError: A layer has weights, but no ``reset_parameters``.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"expected `mode` in {get_args(Mode)}, got {mode!r}")
+    check_choice("mode", mode, Mode)
     copy = deepcopy(net)
     modules = dict(copy.model.named_modules())
     norms = _norms_after(modules)

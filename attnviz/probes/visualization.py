@@ -93,9 +93,7 @@ def activation_maximization(
     ids = [ids] if not isinstance(ids, Sequence | Tensor | np.ndarray) else list(ids)
     if not ids:
         raise ValueError("expected `ids` with at least one channel or class, got none")
-    for each in ids:
-        check_whole("ids", each, 0)
-    ids = list(map(int, ids))
+    ids = [check_whole("ids", each, 0) for each in ids]
 
     def value(activations: Sequence[Tensor], output: object) -> Tensor:
         if stage is None:
@@ -179,10 +177,8 @@ def _make(
     steps: int, decay: float, jitter: int, seed: int, progress: bool,
 ) -> Made:  # fmt: skip
     # Images with as large a value as can be found.
-    check_whole("steps", steps, 1)
-    check_number("decay", decay, 0, 20)
-    check_whole("jitter", jitter, 0)
-    check_seed(seed)
+    steps, jitter = check_whole("steps", steps, 1), check_whole("jitter", jitter, 0)
+    decay, seed = check_number("decay", decay, 0, 20), check_seed(seed)
     if len(net.mean) not in (1, 3):
         raise ValueError(f"expected a network of 1 or 3 colors, got one of {len(net.mean)}")
     if size is None:

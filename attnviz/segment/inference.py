@@ -13,7 +13,7 @@ from hashlib import sha256
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
-from ..checks import check_whole
+from ..checks import check_choice, check_whole
 from ..data.masks import IGNORE, voc_colors
 from ..deeplab import SegmentationNetwork
 from ..files import write_whole
@@ -336,8 +336,7 @@ def _check(test: Test, crf: str | None, workers: int) -> None:
 
 
 def _check_test(test: Test) -> None:
-    if test not in get_args(Test):
-        raise ValueError(f"expected `test` in {get_args(Test)}, got {test!r}")
+    check_choice("test", test, Test)
 
 
 def _with_masks(

@@ -106,7 +106,7 @@ class Table:
 
     def _texts(self, row: Row) -> list[str]:
         # A correlation with three decimals, a percentage with two and its interval with one.
-        digits, coarse = (3, 3) if numbers()[self.id]["metric"] == "PCC" else (2, 1)
+        digits, coarse = (3, 3) if numbers().get(self.id, {}).get("metric") == "PCC" else (2, 1)
 
         def text(cell: object) -> str:
             if not isinstance(cell, dict):

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..checks import check_choice
 from ..data.dagm import load_dagm
 from ..data.defects import Defect, Defects, draw_defect
 from ..data.masks import MaskedImage
@@ -250,8 +251,7 @@ def open_surfaces(
         FileNotFoundError: The data set is not there.
         ValueError: It is unknown, or a class has no picture.
     """
-    if data not in get_args(Data):
-        raise ValueError(f"expected `data` in {get_args(Data)}, got {data!r}")
+    check_choice("data", data, Data)
     if data == "defects":
         part = "val" if split == "validation" else split
         drawn = Defects(part, min(count, limit or count), seed, size)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from tqdm import tqdm
 
+from ..checks import check_choice
 from ..data.masks import IGNORE, read_label_picture
 from ..deeplab import SEGMENTATION_NETWORKS, SegmentationNetwork, segmentation_network
 from ..files import write_whole
@@ -161,8 +162,7 @@ def segment_config(preset: Preset = "small", **changes: object) -> SegmentConfig
         >>> config.multipliers
         (1.0, 2.0, 10.0, 20.0)
     """
-    if preset not in get_args(Preset):
-        raise ValueError(f"expected `preset` in {get_args(Preset)}, got {preset!r}")
+    check_choice("preset", preset, Preset)
     recipe = _SMALL
     if preset == "thesis":
         recipe = _RECIPES.get(changes.get("network", "scenes"), _OTHER)
