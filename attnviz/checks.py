@@ -4,7 +4,9 @@ import math
 from numbers import Integral, Real
 from typing import get_args
 
-__all__ = ["check_choice", "check_number", "check_seed", "check_size", "check_whole", "shown"]
+__all__ = [
+    "check_choice", "check_number", "check_seed", "check_size", "check_whole", "plain", "shown",
+]  # fmt: skip
 
 _LARGEST = 2**63 - 1  # of the whole numbers that torch takes
 
@@ -58,11 +60,17 @@ def check_seed(seed: object) -> int:
 def check_size(name: str, value: object) -> None:
     """Raises ValueError unless an argument is a height and a width of at least 1."""
     sides = tuple(value) if isinstance(value, tuple | list) else ()
-    if len(sides) != 2 or not all(isinstance(each, Integral) and each >= 1 for each in sides):
+    whole = [isinstance(each, Integral) and not isinstance(each, bool) for each in sides]
+    if len(sides) != 2 or not all(whole) or min(sides) < 1:
         raise ValueError(
             f"expected `{name}` as (height, width), whole numbers of at least 1, "
             f"got {shown(value)}"
         )
+
+
+def plain(value: object) -> object:
+    """Returns a tensor or an array as a number or as lists of numbers, all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def shown(value: object) -> str:

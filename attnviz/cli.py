@@ -367,7 +367,7 @@ def _add_tree(commands: argparse._SubParsersAction) -> None:
 
 
 def _check_page(file: Path) -> None:
-    if file.suffix not in (".html", ".htm"):
+    if file.suffix.lower() != ".html":
         raise ValueError(f"expected --out as .html, got {str(file)!r}")
     check_writable(file.parent)
 

@@ -7,7 +7,7 @@ evaluation mode, so nothing of the user's model is touched. Used by :mod:`attnvi
 import inspect
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -84,7 +84,7 @@ def cut_network(model: nn.Module, cuts: Sequence[str] | None, size: tuple[int, i
     if cuts is None:
         graph, nodes = _cut_at_stages(model, size)
     else:
-        graph, nodes = _cut_at_names(model, cuts, size)
+        graph, nodes = _cut_at_names(model, _checked(model, cuts), size)
     pools = [_pool_after(node, graph) for node in nodes]
     return CutNetwork(
         stage_names=tuple(_name_of(node, graph, nodes) for node in nodes),
@@ -97,7 +97,6 @@ def cut_network(model: nn.Module, cuts: Sequence[str] | None, size: tuple[int, i
 def _cut_at_names(
     model: nn.Module, cuts: Sequence[str], size: tuple[int, int]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    _check_cuts(model, cuts)
     graph = trace(model, size, inside=_ancestors(cuts))
     nodes = [_node_of(cut, graph) for cut in cuts]
     position = _positions(graph)
@@ -174,6 +173,7 @@ def _shadow(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
 
 def _link(graph: fx.GraphModule, model: nn.Module) -> None:
     # Parameters and buffers become the model's own, whatever it does with them later.
+    linked = []
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             path, _, name = node.target.rpartition(".")
@@ -181,8 +181,10 @@ def _link(graph: fx.GraphModule, model: nn.Module) -> None:
             if original is None or not hasattr(original, name):  # a constant of the trace
                 holder.__dict__[name] = getattr(holder, name)
             else:
-                holder.__dict__["_parameters"] = _Detached(original._parameters)
-                holder.__dict__["_buffers"] = original._buffers
+                linked.append((holder, original))
+    for holder, original in linked:  # now that no constant is among the holder's own any more
+        holder.__dict__["_parameters"] = _Detached(original._parameters)
+        holder.__dict__["_buffers"] = original._buffers
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -418,8 +420,9 @@ def _node_of(name: str, graph: fx.GraphModule) -> fx.Node:
     return found
 
 
-def _check_cuts(model: nn.Module, cuts: Sequence[str]) -> None:
-    listed = isinstance(cuts, Sequence) and not isinstance(cuts, str)
+def _checked(model: nn.Module, cuts: object) -> list[str]:
+    listed = isinstance(cuts, Iterable) and not isinstance(cuts, str)
+    cuts = list(cuts) if listed else cuts
     if not listed or not cuts or not all(isinstance(cut, str) for cut in cuts):
         raise ValueError(f"expected `cuts` as a list of module names, got {shown(cuts)}")
     names = [name for name, _ in model.named_modules() if name]
@@ -431,6 +434,7 @@ def _check_cuts(model: nn.Module, cuts: Sequence[str]) -> None:
                 f"the nearest are {near}"
             )
     _refuse_hooks(_hooked_containers(model) & _ancestors(cuts))
+    return cuts
 
 
 def _ancestors(names: Sequence[str]) -> set[str]:

@@ -6,7 +6,6 @@ torch.fx and run piece by piece, so nothing is hooked: the model stays as it was
 threads may use one :class:`Staged`, and an in-place layer can't spoil what is kept.
 """
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .checks import check_number, check_size, check_whole, shown
+from .checks import check_number, check_size, check_whole, plain, shown
 from .files import first_line
 from .graphs import OUTPUT, CutNetwork, cut_network, input_channels
 from .images import network_size, to_pixels
@@ -188,9 +187,10 @@ class Staged:
         count = len(self._parts.stages)
         if stages is None:
             return tuple(range(1, count + 1))
+        stages = plain(stages)
         if isinstance(stages, str) or not isinstance(stages, Iterable):
             raise TypeError(f"expected `stages` as a list such as [4, 5], got {shown(stages)}")
-        stages = list(stages)
+        stages = list(map(plain, stages))
         if not all(isinstance(each, Integral) and not isinstance(each, bool) for each in stages):
             raise TypeError(f"expected `stages` as whole numbers, got {shown(stages)}")
         stages = list(map(int, stages))
@@ -341,7 +341,7 @@ def staged(
         ('relu', 'layer1', 'layer2', 'layer3', 'layer4')
     """
     model = _unwrap(model)
-    size = image_size
+    size = image_size = plain(image_size)
     if not isinstance(image_size, Sequence):
         side = image_size = check_whole("image_size", image_size, 1)
         size = (side, side)
@@ -350,7 +350,7 @@ def staged(
     channels = input_channels(model) or 3
     usual = _IMAGENET.get(channels, ((0.0,) * channels, (1.0,) * channels))
     mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
-    mean, std = _numbers("mean", mean, -math.inf), _numbers("std", std, 1e-12)
+    mean, std = _numbers("mean", mean, -1e6), _numbers("std", std, 1e-12)
     if not len(mean) == len(std) == channels:
         raise ValueError(
             f"expected {channels} numbers in `mean` and in `std`, one for each channel of the "
@@ -358,6 +358,7 @@ def staged(
         )
     if isinstance(class_names, str) or not isinstance(class_names, Iterable | None):
         raise TypeError(f"expected `class_names` as a list of names, got {shown(class_names)}")
+    multilabel = plain(multilabel)
     if not isinstance(multilabel, bool):
         raise TypeError(f"expected `multilabel` True or False, got {shown(multilabel)}")
     net = Staged(model, cut_network(model, cuts, size))
@@ -381,12 +382,14 @@ def check_network(net: object) -> None:
 
 def _numbers(name: str, values: object, least: float) -> tuple[float, ...]:
     try:
-        numbers = tuple(map(float, values))
+        numbers = np.asarray(list(map(plain, values)), dtype=np.float64).ravel().tolist()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"expected `{name}` as a list of numbers, got {shown(values)}") from None
+        numbers = None
+    if numbers is None or isinstance(values, str):
+        raise TypeError(f"expected `{name}` as a list of numbers, got {shown(values)}")
     for number in numbers:
-        check_number(name, number, least)
-    return numbers
+        check_number(name, number, least, 1e6)
+    return tuple(numbers)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -293,6 +293,39 @@ def test_deeplift_does_not_depend_on_the_unit_of_activations(images, factor):
     torch.testing.assert_close(deeplift(made(factor), images, [0, 1, 2]), expected)
 
 
+class _Gate(nn.Module):
+    # What does not come from the image is not rescaled, whatever its shape.
+    def __init__(self, shape):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(4, 4, 3, padding=1), nn.Parameter(torch.ones(shape))
+
+    def forward(self, x):
+        places = torch.arange(-3, 4).clamp(0, 3)
+        return relu(self.conv(x))[:, places[:4].flip(0)] * torch.sigmoid(2 * self.gate)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1, 1), (6, 4, 1, 1)])
+def test_deeplift_leaves_gates_alone_that_are_learned(images, shape):
+    net = _around(lambda: _Gate(()))
+    net.model.block.gate.data = torch.full(shape[1:] if len(shape) > 1 else shape, 0.3).double()
+    found = deeplift(net, images, [0, 1, 2]).sum((1, 2, 3))
+    torch.testing.assert_close(found, (net(images) - net(0 * images))[range(3), range(3)])
+
+
+@pytest.mark.parametrize("module", [nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid()], ids=repr)
+def test_deeplift_of_nearly_the_baseline_is_no_rounding(module):
+    # zero-sum kernels on an even picture: each input of the function is rounding alone
+    kernels = torch.tensor([1.0, -2.0, 1.0]).expand(2, 3, 3, 3).contiguous()
+    parts = nn.Conv2d(3, 2, 3, bias=False), module, nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    net = staged(nn.Sequential(*parts), ["0"], image_size=16)
+    net.model[0].weight.data = kernels
+    image = torch.full((1, 3, 16, 16), 1.7)
+    image += 1e-6 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    found = deeplift(net, image, 0)
+    exact = deeplift(staged(net.model.double(), ["0"], image_size=16), image.double(), 0)
+    torch.testing.assert_close(found.double(), exact, atol=0.02 * exact.abs().max().item(), rtol=0)
+
+
 def test_what_needs_a_gradient_gets_no_graph(net, images):
     for method in (gradient, guided_backprop, deconvnet, deeplift, integrated_gradients):
         assert not method(net, images.clone().requires_grad_()).requires_grad

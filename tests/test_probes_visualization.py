@@ -60,6 +60,17 @@ def test_a_silent_channel_is_woken():
     assert dead.values.item() == 0
 
 
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU6(), nn.ReLU6(inplace=True)], ids=repr)
+def test_every_relu_leaks(relu):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), relu, nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(1, 3, 16, 16))
+    model[0].bias.data.fill_(-50)
+    net = staged(model, ["1"], image_size=16)
+    few, many = (activation_maximization(net, 1, 0, steps=n, decay=0.0) for n in (1, 30))
+    assert few.values == many.values == 0
+    assert (few.images - many.images).abs().max() > 0.5
+
+
 def test_values_are_those_of_the_images(net):
     made = activation_maximization(net, 2, [1, 3], size=(20, 24), steps=6)
     assert made.images.shape == (2, 3, 20, 24)
@@ -71,7 +82,17 @@ def test_values_are_those_of_the_images(net):
     assert np.abs(shown - made.pictures).max() <= 0.51
 
 
-def test_an_image_does_not_depend_on_those_beside_it(net):
+def test_classes_have_names_and_come_in_any_container(untyped, tiny):
+    net = staged(tiny.float(), class_names=["cat", "dog", "ox", "ram"])
+    expected = activation_maximization(net, None, [2, 1], size=(16, 16), steps=2).images
+    for ids in (["ox", "dog"], torch.tensor([2, 1]), np.array([2, 1]), (2, torch.tensor(1))):
+        made = activation_maximization(net, None, ids, size=(16, 16), steps=2)
+        assert torch.equal(made.images, expected)
+    one = activation_maximization(net, None, torch.tensor(2), size=(16, 16), steps=2)
+    assert one.images.shape == (1, 3, 16, 16)
+
+
+def test_an_image_hardly_depends_on_those_beside_it(net):
     together = activation_maximization(net, None, [0, 2], size=(16, 16), steps=5)
     alone = activation_maximization(net, None, 2, size=(16, 16), steps=5)
     torch.testing.assert_close(together.images[1:], alone.images)
@@ -148,6 +169,9 @@ def test_networks_of_other_precision_are_looked_at_in_theirs(tiny, dtype):
         ((1, -1), {}, ValueError, "`ids` of at least 0, got -1"),
         ((1, []), {}, ValueError, "at least one channel or class"),
         ((1, "a"), {}, TypeError, "`ids` as a whole number, got 'a'"),
+        ((None, "ox"), {}, ValueError, "number of a class, got 'ox'"),
+        ((1, 0), {"size": (True, 8)}, ValueError, "`size` as \\(height, width\\)"),
+        ((1, 0), {"jitter": 2**60}, ValueError, "`jitter` of at most 16, the side"),
         ((1, 0), {"size": 16}, ValueError, "`size` as \\(height, width\\)"),
         ((1, 0), {"steps": 0}, ValueError, "`steps` of at least 1"),
         ((1, 0), {"decay": float("nan")}, ValueError, "`decay` from 0 to 20"),

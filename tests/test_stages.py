@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -519,3 +520,58 @@ def test_a_network_of_one_channel_takes_grey_pictures():
     assert net(images).shape == (1, 2)
     with pytest.raises(ValueError, match="expected 1 numbers in `mean`.*got 3 and 1"):
         staged(model, mean=(0, 0, 0), image_size=32)
+
+
+def test_numbers_come_in_any_container(untyped, tiny):
+    net = staged(tiny)
+    for stages in (torch.tensor([3, 1]), np.array([1, 3]), {1, 3}, [torch.tensor(1), np.int64(3)]):
+        assert net.check_stages(stages) == (1, 3)
+    plain = staged(tiny, image_size=(32, 33), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    for kind in (np.array, torch.tensor, list):
+        other = staged(
+            tiny, image_size=kind([32, 33]), mean=kind([[[0.1]], [[0.2]], [[0.3]]]),
+            std=kind([1.0, 2.0, 3.0]), multilabel=np.True_,
+        )  # fmt: skip
+        assert other.image_size == plain.image_size
+        assert other.mean == pytest.approx(plain.mean)
+        assert (other.std, other.multilabel) == (plain.std, True)
+    cuts = dict.fromkeys(["relus.0", "relus.2"])
+    assert staged(tiny, cuts).stage_names == staged(tiny, list(cuts)).stage_names
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mean": "123"}, "`mean` as a list of numbers, got '123'"),
+        ({"std": [0.0, 1, 1]}, "`std` from 1e-12 to"),
+        ({"mean": [float("inf")] * 3}, "`mean` from -1000000.0 to"),
+        ({"image_size": 0}, "`image_size` of at least 1"),
+        ({"image_size": (3, True)}, "`image_size` as \\(height, width\\)"),
+        ({"class_names": "cat"}, "`class_names` as a list of names"),
+        ({"multilabel": "no"}, "`multilabel` True or False"),
+        ({"cuts": 5}, "`cuts` as a list of module names"),
+    ],
+)
+def test_odd_facts_of_a_network_are_refused(untyped, tiny, given, message):
+    with pytest.raises((ValueError, TypeError), match=f"expected {message}"):
+        staged(tiny, **given)
+
+
+def test_a_constant_may_index_a_parameter():
+    class Indexed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
+            self.shift = nn.Parameter(torch.randn(4, 9))
+
+        def forward(self, x):
+            shift = self.shift[:, torch.arange(7)].mean(1)[None, :, None, None]
+            return self.relu(self.conv(x) + shift).mean((2, 3))
+
+    with torch.random.fork_rng():
+        model = Indexed()
+    images = torch.rand(2, 3, 16, 16)
+    net = staged(model, ["relu"], image_size=16)
+    assert torch.equal(net(images), model(images))
+    model.shift.data += 1  # the model's own
+    assert torch.equal(net(images), model(images))

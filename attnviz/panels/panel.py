@@ -9,7 +9,7 @@ import base64
 import io
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from numbers import Real
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import colors
+from ..checks import plain
 from ..images import to_pixels
 from ..stages import Staged
 from .export import save_page
@@ -313,15 +314,17 @@ def _class_scores(net: Staged, tensor: Tensor) -> list[float]:
     return scores if len(scores) > 1 else [-scores[0], scores[0]]  # classes 0 and 1, as explain
 
 
+def asked_classes(net: Staged, asked: ClassId) -> list[int]:
+    """Returns the numbers of the classes asked for: none, one, or several in any container."""
+    asked = [] if asked is None else plain(asked)
+    if isinstance(asked, str) or not isinstance(asked, Iterable):
+        asked = [asked]
+    return [net.class_id(plain(each)) for each in asked]
+
+
 def _choose_classes(net: Staged, scores: list[float], asked: ClassId, classes: int) -> list[int]:
     # The classes asked for, then the best scoring ones, `classes` of them.
-    if asked is None:
-        asked = []
-    elif isinstance(asked, Tensor | np.ndarray):
-        asked = np.atleast_1d(np.asarray(asked)).tolist()
-    elif isinstance(asked, str) or not isinstance(asked, Sequence):
-        asked = [asked]
-    numbers = [net.class_id(each) for each in asked]
+    numbers = asked_classes(net, asked)
     best = sorted(range(len(scores)), key=lambda number: -scores[number])[: max(classes, 1)]
     return list(dict.fromkeys(numbers)) + [number for number in best if number not in numbers]
 

@@ -37,6 +37,7 @@ from .panel import (
     Picture,
     Setting,
     ask,
+    asked_classes,
     check_index,
     check_lengths,
     check_settings,
@@ -720,10 +721,7 @@ def explore_evidence(
         entries.append([(*entry, probabilities[entry[0]]) for entry in offered])
     index = settings.get("image_index", 0)
     at = index if isinstance(index, int) and 0 <= index < len(images) else 0
-    asked = class_ids[at]
-    shown = 1
-    if isinstance(asked, Sequence) and not isinstance(asked, str):
-        shown = min(len({net.class_id(each) for each in asked}), 2)
+    shown = min(max(len(set(asked_classes(net, class_ids[at]))), 1), 2)
     if "class_id" not in settings:
         settings.setdefault("class_ids", [number for number, *_ in entries[at][:shown]])
     forward = cache(lambda number: run(net, tensors[number]))

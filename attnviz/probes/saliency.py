@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointError
 
 from ..checks import check_choice, check_number, check_whole, shown
 from ..stages import Staged, check_network
@@ -205,7 +204,7 @@ def deeplift(
     start = _start(net, images, baseline)
     with torch.inference_mode(False), torch.enable_grad():
         leaf = images.detach().clone().requires_grad_()
-        with _Rescaled():
+        with _Rescaled(2 * len(leaf)):
             scores = net.activations(torch.cat([leaf, start]))[1][: len(leaf)]
         picked = scores.gather(1, ids.clone()[:, None])
         found = _gradient(picked, leaf)
@@ -272,7 +271,9 @@ def deconvnet(
 def _gradient(picked: Tensor, leaf: Tensor) -> Tensor:
     try:
         return torch.autograd.grad(picked.sum(), leaf)[0]
-    except CheckpointError as error:
+    except RuntimeError as error:
+        if "checkpoint" not in f"{type(error).__name__} {error}".lower():
+            raise
         raise ValueError(
             "expected a network that keeps its activations; switch checkpointing off"
         ) from error
@@ -298,9 +299,7 @@ class _GuidedReLUs(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
-        top = _TOPS.get(func)
-        if func is functional.hardtanh and kwargs.get("min_val") == 0:  # the module ReLU6
-            top = kwargs["max_val"]
+        top = _top(func, kwargs)
         if top is None:
             return func(*args, **kwargs)
         x, _, _ = _split(args, kwargs)
@@ -325,17 +324,20 @@ class _Guided(torch.autograd.Function):
 
 class _Rescaled(TorchFunctionMode):
     # Within it, a batch is images and then as many baselines; see `deeplift`.
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func not in _RESCALED:
+        x, rest, named = _split(args, kwargs) if func in _RESCALED else (None, (), {})
+        if x is None or not x.requires_grad:  # a parameter, say
             return func(*args, **kwargs)
-        x, rest, named = _split(args, kwargs)
-        if len(x) % 2:
+        if not x.ndim or len(x) % self.count:  # a multiple if channels were folded into the batch
             raise ValueError(
-                f"expected a network that keeps a batch together, got a part of {len(x)}"
+                f"expected a network that keeps a batch together, got a part {tuple(x.shape)}"
             )
         if func in _ELEMENTWISE:
             found = _Ratio.apply(x, lambda u: func(u, *rest, **named))
@@ -343,6 +345,13 @@ class _Rescaled(TorchFunctionMode):
         named |= {"return_indices": True}
         found, places = _Winner.apply(x, lambda u: _POOLINGS[func](u, *rest, **named))
         return (found, places) if kwargs.get("return_indices") else found
+
+
+def _top(func: Callable, kwargs: dict) -> float | None:
+    # The largest value that a ReLU gives; None for another function.
+    if func is functional.hardtanh and kwargs.get("min_val") == 0:  # the module ReLU6
+        return kwargs["max_val"]
+    return _TOPS.get(func)
 
 
 def _split(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
@@ -378,7 +387,7 @@ class _Ratio(torch.autograd.Function):
             values = context.function(leaf.clone())
             slope = torch.autograd.grad(values.sum(), leaf)[0].chunk(2)[0]
         (x, start), (y, end) = whole.chunk(2), values.detach().chunk(2)
-        ratio = torch.where(_apart(x, start), (y - end) / (x - start), slope)
+        ratio = torch.where(_apart(x, start, y, end), (y - end) / (x - start), slope)
         return gradient * torch.cat([ratio, torch.zeros_like(ratio)]), None
 
 
@@ -401,16 +410,18 @@ class _Winner(torch.autograd.Function):
         y, end = x.gather(-1, at), start.gather(-1, of_start)
         winner = torch.where(y >= end, at, of_start)
         one, other = x.gather(-1, winner), start.gather(-1, winner)
-        ratio = torch.where(_apart(one, other), (y - end) / (one - other), 1.0)
+        ratio = torch.where(_apart(one, other, y, end), (y - end) / (one - other), 1.0)
         passed = gradient.flatten(-2).chunk(2)[0] * ratio
         found = torch.zeros_like(x).scatter_add(-1, winner, passed)
         whole = torch.cat([found, torch.zeros_like(found)])
         return whole.reshape(context.saved_tensors[0].shape), None
 
 
-def _apart(x: Tensor, start: Tensor) -> Tensor:
-    # Whether two numbers differ by more than rounding, so that their difference may divide.
-    return (x - start).abs() > 8 * torch.finfo(x.dtype).eps * torch.maximum(x.abs(), start.abs())
+def _apart(x: Tensor, start: Tensor, y: Tensor, end: Tensor) -> Tensor:
+    # Whether inputs differ by far more than their rounding and that of the results, so that the
+    # quotient of the differences is known to a thousandth.
+    largest = torch.stack([x.abs(), start.abs(), y.abs(), end.abs()]).amax(dim=0)
+    return (x - start).abs() > 1000 * torch.finfo(x.dtype).eps * largest
 
 
 def _forms(*names: str) -> set[Callable]:

@@ -5,20 +5,20 @@ amplitudes fall with frequency, as those of photographs do. Symbols: :math:`A^k`
 :math:`k` of a stage's activation, :math:`x` the image that is made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from ..checks import check_number, check_seed, check_size, check_whole
+from ..checks import check_number, check_seed, check_size, check_whole, plain
 from ..stages import Staged, check_network
 from .occlusion import _check_scores, _class_ids
-from .saliency import _TOPS, _put, _split
+from .saliency import _gradient, _put, _split, _top
 
 __all__ = ["Made", "activation_maximization", "invert"]
 
@@ -37,7 +37,7 @@ class Made(NamedTuple):
 def activation_maximization(
     net: Staged,
     stage: int | None,
-    ids: int | Sequence[int],
+    ids: int | str | Sequence[int | str] | Int[Tensor, "*b"],
     *,
     size: tuple[int, int] | None = None,
     steps: int = 256,
@@ -53,12 +53,13 @@ def activation_maximization(
 
     Adam with rate 0.05 on the image's spectrum, which begins as noise; each step looks at the
     image shifted by a few pixels. Closed ReLUs pass on a tenth of the gradient, or a channel that
-    the noise does not excite would stay silent.
+    the noise does not excite would stay silent. Several images begin with the same noise; the
+    steps enlarge rounding, so that an image made alone comes out a little different.
 
     Args:
         net: A network of 1 or 3 colors.
         stage: Number of the stage, 1 = shallowest; None for classes.
-        ids: Channels of the stage, or classes; one image for each.
+        ids: Channels of the stage, or classes by number or name; one image for each.
         size: Height and width of the images; those the network expects if None.
         steps: Of the optimization; a forward and a backward pass each.
         decay: How fast the spectrum fades (decoupled weight decay). 0 gives the highest values
@@ -90,10 +91,11 @@ def activation_maximization(
     if stage is not None:
         check_whole("stage", stage, 1)
         net.check_stages([stage])
-    ids = [ids] if not isinstance(ids, Sequence | Tensor | np.ndarray) else list(ids)
+    ids = plain(ids)
+    ids = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(map(plain, ids))
     if not ids:
         raise ValueError("expected `ids` with at least one channel or class, got none")
-    ids = [check_whole("ids", each, 0) for each in ids]
+    ids = [net.class_id(each) if stage is None else check_whole("ids", each, 0) for each in ids]
 
     def value(activations: Sequence[Tensor], output: object) -> Tensor:
         if stage is None:
@@ -186,6 +188,8 @@ def _make(
         size = (size, size) if isinstance(size, int) else size
     check_size("size", size)
     height, width = size
+    if jitter > max(size):
+        raise ValueError(f"expected `jitter` of at most {max(size)}, the side, got {jitter}")
     generator = torch.Generator().manual_seed(seed)
     bar = tqdm(desc="image", total=steps, unit="step", delay=2, disable=not progress)
     with torch.inference_mode(False), torch.enable_grad(), bar:
@@ -195,7 +199,7 @@ def _make(
         amplitude = _amplitude(height, width)
         noise = 0.3 * torch.randn(len(net.mean), *amplitude.shape, 2, generator=generator)
         amplitude = amplitude.to(net.device)
-        # the same noise for each, so that an image does not depend on those beside it
+        # the same noise for each
         spectrum = noise.expand(count, -1, -1, -1, -1).clone().to(net.device).requires_grad_()
         optimizer = torch.optim.AdamW([spectrum], lr=0.05, weight_decay=decay)
 
@@ -208,7 +212,7 @@ def _make(
             images = ((pixels() - mean) / std).roll((y, x), (2, 3))
             with _Leaking():
                 found = value(*net.activations(images.to(net.dtype))).float()
-            (spectrum.grad,) = torch.autograd.grad(-found.sum(), [spectrum])
+            spectrum.grad = _gradient(-found, spectrum)
             optimizer.step()
             bar.update()
         made = pixels().detach()
@@ -231,7 +235,7 @@ class _Leaking(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func not in _TOPS:
+        if _top(func, kwargs) is None:
             return func(*args, **kwargs)
         x, rest, named = _split(args, kwargs)
         y = func(x.clone(), *rest, **named)
