@@ -238,3 +238,9 @@ def test_pages_are_html(photo, tmp_path, capsys, command):
     assert main([command, *map(str, given[command]), "--out", str(page)]) == 2
     assert "expected --out as .html, got" in capsys.readouterr().err
     assert not page.exists()
+
+
+def test_a_page_may_be_html_in_capitals(photo, tmp_path):
+    page = tmp_path / "page.HTML"
+    assert main(["tree", str(photo), "--network", "scenes_fc", "--out", str(page)]) == 0
+    assert page.read_text().startswith("<!doctype html>")

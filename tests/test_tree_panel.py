@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from traitlets import TraitError
 
-from attnviz import cam, cli, colors, evidence, explore_evidence, staged
+from attnviz import cam, cli, colors, evidence, explore_evidence, explore_stages, staged
 from attnviz.panels.panel import source
 from attnviz.panels.tree import crop_map, crop_picture
 
@@ -630,3 +630,21 @@ def test_class_of_another_panel_can_be_linked(panel):
     with pytest.raises(TraitError, match=r"expected `class_id` in \[.*\], got 17; explore_evid"):
         panel.class_id = 17
     assert panel.class_ids == [2]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        torch.tensor([1, 3]), np.array([1, 3]), (1, 3), {1: 0, 3: 0}.keys(), {1, 3},
+        [torch.tensor(1), np.int64(3)], ["1", 3],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_classes_come_in_any_container(untyped, net, asked):
+    assert explore_evidence(net, _picture(), asked).class_ids == [1, 3]
+    assert explore_stages(net, _picture(), asked).class_id == 1
+    for one in (torch.tensor(3), np.int64(3), "3"):
+        assert explore_evidence(net, _picture(), one).class_ids == [3]
+    for wrong in (1.0, True, [None], [[1, 3]]):
+        with pytest.raises(TypeError, match="expected a class as a number or a name, got"):
+            explore_stages(net, _picture(), wrong)
